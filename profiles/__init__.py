@@ -1,0 +1,1 @@
+"""What devices are: profiles, their schema, and which of them fit this machine."""
