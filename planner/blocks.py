@@ -1,0 +1,182 @@
+"""Residual blocks of an exported graph: additions of a shortcut and a body that nothing else uses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch.fx
+from torch import nn
+from torch.fx import Node
+
+from planner.axes import ZERO_KEEPING, arg, kind, place, shape
+from profiles.errors import PlanError
+
+_PARAMETRISED = {"conv1d", "conv2d", "linear", "batch_norm"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block: its body can leave, then the bare shortcut remains."""
+
+    name: str  # the module that holds it
+    module: str  # the same, without the number that tells several additions of one module apart
+    body: frozenset[str]  # names of the nodes that only the body needs
+    last: tuple[str, ...]  # the parameters whose zeros make the body's output zero
+    stage: str  # blocks of one stage have the same output shape
+    modules: frozenset[str]  # the modules that hold the body's parameters
+    repeats_relu: bool  # what is left is the ReLU of a ReLU's output: nothing
+    where: str
+    frozen: str | None = None  # why it cannot leave
+
+
+def module_path(node: Node) -> str:
+    """Return the name of the innermost module that a node was called in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def find_blocks(nodes: Sequence[Node], names: dict[str, str], model: nn.Module) -> tuple[Block, ...]:
+    """Find every addition of two tensors one of which is a removable body."""
+    found: list[Block] = []
+    for node in nodes:
+        if kind(node) not in ("add", "add_") or len(node.all_input_nodes) != 2:
+            continue
+        left, right = node.all_input_nodes
+        if not shape(left) == shape(right) == shape(node):
+            continue
+        sides = [(_body(left, right, node), left), (_body(right, left, node), right)]
+        body, end = max(sides, key=lambda side: _layers(side[0]))
+        last = _zeroing(end, names)
+        if _layers(body) and last is not None:
+            found.append(_block(node, body, last, names, taken={block.name for block in found}))
+    return tuple(replace(block, frozen=_obstacle(model, block)) for block in found)
+
+
+def _obstacle(model: nn.Module, block: Block) -> str | None:
+    """Return why the bare shortcut cannot be made, or None."""
+    try:
+        bare_shortcut(model.get_submodule(block.module), [block])
+    except PlanError as error:
+        return str(error)
+    return None
+
+
+def _block(add: Node, body: set[Node], last: tuple[str, ...], names: dict[str, str], taken: set[str]) -> Block:
+    module = _common_module([add, *body])
+    name = module or add.name
+    while name in taken:
+        name = f"{module}.{add.name}"
+    tensors = {names[source.name] for node in body for source in node.all_input_nodes if source.name in names}
+    modules = frozenset(tensor.rpartition(".")[0] for tensor in tensors)
+    stage = "x".join(map(str, shape(add)[1:]))
+    (shortcut,) = set(add.all_input_nodes) - body
+    relu = all(kind(user).rstrip("_") == "relu" for user in add.users) and kind(shortcut).rstrip("_") == "relu"
+    return Block(name, module, frozenset(node.name for node in body), last, stage, modules, relu, place(add))
+
+
+def _body(end: Node, other: Node, add: Node) -> set[Node]:
+    """Return the nodes that only `add` needs, through `end` and not through `other`."""
+    behind = _ancestors(end) - _ancestors(other)
+    body: set[Node] = set()
+    for node in sorted(behind, reverse=True):  # fx orders nodes by their place in the graph
+        if node.op == "call_function" and all(user in body or user is add for user in node.users):
+            body.add(node)
+    return body
+
+
+def _ancestors(node: Node) -> set[Node]:
+    seen, pending = {node}, [node]
+    while pending:
+        new = [source for source in pending.pop().all_input_nodes if source not in seen]
+        seen.update(new)
+        pending += new
+    return seen
+
+
+def _layers(body: set[Node]) -> int:
+    """Return how many layers with parameters a side has: the side with more is the body."""
+    return sum(kind(node) in _PARAMETRISED for node in body)
+
+
+def _zeroing(end: Node, names: dict[str, str]) -> tuple[str, ...] | None:
+    """Return the parameters whose zeros make `end` zero: the scale and shift, or weight and bias, of its last layer."""
+    node = end
+    while kind(node) in ZERO_KEEPING and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    if kind(node) not in _PARAMETRISED:
+        return None
+    tensors = [argument for argument in (node.args[1], arg(node, 2, "bias")) if isinstance(argument, Node)]
+    if kind(node) == "batch_norm" and len(tensors) < 2:
+        return None
+    found = tuple(names[tensor.name] for tensor in tensors if tensor.name in names)
+    return found if len(found) == len(tensors) else None
+
+
+def _common_module(nodes: Sequence[Node]) -> str:
+    """Return the innermost module that was running at every node."""
+    stacks = [[str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()] for node in nodes]
+    common = ""
+    for paths in zip(*stacks, strict=False):
+        if len(set(paths)) > 1:
+            break
+        common = paths[0]
+    return common
+
+
+def bare_shortcut(module: nn.Module, blocks: Sequence[Block]) -> nn.Module:
+    """Return `module` without the bodies of `blocks`, as an ordinary module that keeps the names of what remains.
+
+    Raises PlanError if the module's forward cannot be followed by torch.fx or holds no such addition.
+    """
+    try:
+        traced = torch.fx.symbolic_trace(module)
+    except Exception as error:
+        raise PlanError(f"block {blocks[0].name} cannot leave: torch.fx cannot follow it: {error}") from error
+    for block in blocks:
+        prefix = f"{block.module}." if block.module else ""
+        _drop_body(traced, {name.removeprefix(prefix) for name in block.modules}, block)
+    if all(block.repeats_relu for block in blocks) and _is_relu(traced):
+        return nn.Identity()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def _drop_body(traced: torch.fx.GraphModule, body: set[str], block: Block) -> None:
+    """Replace the addition without whose body exactly the modules `body` are unused by its shortcut."""
+    before = _used(traced.graph)
+    for index, node in enumerate(traced.graph.nodes):
+        for side in (0, 1) if _adds(node) else ():
+            trial, copied = torch.fx.Graph(), dict[Node, Node]()
+            output = trial.graph_copy(traced.graph, copied)
+            trial.output(output)
+            _bypass(copied[node], side)
+            trial.eliminate_dead_code(_has_effect)
+            if before - _used(trial) == body:
+                _bypass(list(traced.graph.nodes)[index], side)
+                traced.graph.eliminate_dead_code(_has_effect)
+                return
+    raise PlanError(f"block {block.name} cannot leave: no addition at {block.where} that can be bypassed")
+
+
+def _has_effect(node: Node) -> bool:
+    return node.op in ("placeholder", "output")  # a body's dropout or in-place activation leaves with it
+
+
+def _bypass(node: Node, side: int) -> None:
+    shortcut = node.args[side]
+    assert isinstance(shortcut, Node)
+    node.replace_all_uses_with(shortcut)
+
+
+def _adds(node: Node) -> bool:
+    return node.op.startswith("call_") and kind(node).rstrip("_") in ("add", "iadd") and len(node.all_input_nodes) == 2
+
+
+def _used(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+
+def _is_relu(traced: torch.fx.GraphModule) -> bool:
+    calls = [node for node in traced.graph.nodes if node.op.startswith("call_")]
+    names = [type(traced.get_submodule(str(n.target))).__name__ if n.op == "call_module" else kind(n) for n in calls]
+    return len(names) == 1 and names[0].lower().rstrip("_") == "relu"
