@@ -1,1 +1,38 @@
+"""What to keep: graph, groups, costs, search, WGSEF and training."""
 
+from planner import envelope
+from planner.graph import Graph, trace
+from planner.groups import Groups, group
+from planner.importance import Importance, magnitude, measured
+from planner.latency import LatencyTable
+from planner.prox import Proximal, attach, harden_
+from planner.search import plan, with_global_budget
+from planner.spec import Plan
+from planner.structures import Depth, Filter, Structure
+from planner.train import Moment, Recipe, accuracy, fit, recalibrate_
+
+__all__ = [
+    "Depth",
+    "Filter",
+    "Graph",
+    "Groups",
+    "Importance",
+    "LatencyTable",
+    "Moment",
+    "Plan",
+    "Proximal",
+    "Recipe",
+    "Structure",
+    "accuracy",
+    "attach",
+    "envelope",
+    "fit",
+    "group",
+    "harden_",
+    "magnitude",
+    "measured",
+    "plan",
+    "recalibrate_",
+    "trace",
+    "with_global_budget",
+]

@@ -38,8 +38,8 @@ class Operation:
     signature: str  # everything that decides its time but its two widths
     inputs: Extent
     outputs: Extent
-    macs_per_pair: int  # multiply-accumulates per (input channel, output channel)
-    depthwise: bool
+    macs_per_pair: int  # multiply-accumulates per (input channel, output channel); per output channel if grouped
+    grouped: bool
     blocks: frozenset[str]  # it vanishes with any of these
     where: str  # "conv2d at file:line"
 
@@ -56,7 +56,7 @@ class Operation:
         if not self.present(choice):
             return 0
         inputs, outputs = self.widths(choice)
-        return self.macs_per_pair * outputs * (1 if self.depthwise else inputs)
+        return self.macs_per_pair * outputs * (1 if self.grouped else inputs)
 
     @property
     def kind(self) -> str:
@@ -76,6 +76,9 @@ def find_operations(
     return tuple(found)
 
 
+_KINDS = {(False, False): "", (False, True): "", (True, False): "grouped_", (True, True): "depthwise_"}
+
+
 def _operation(
     node: Node, state: Propagation, extent: Callable[[Ids | None, int], Extent], blocks: frozenset[str]
 ) -> Operation:
@@ -84,15 +87,15 @@ def _operation(
     axis = len(shape(source)) - 1 if kind(node) == "linear" else len(shape(source)) - len(kernel) - 1
     size = shape(source)
     inputs = extent(state.of(source)[axis], size[axis])
-    depthwise = kind(node) != "linear" and arg(node, 6, "groups", 1) > 1
+    grouped = kind(node) != "linear" and arg(node, 6, "groups", 1) > 1
     positions = math.prod(shape(node)) // outputs
-    macs = positions * math.prod(kernel) * (per_group if depthwise else 1)
+    macs = positions * math.prod(kernel) * (per_group if grouped else 1)
     spatial = size[axis + 1 :] if kernel else size[:-1]
-    words = ["depthwise_" * depthwise + kind(node), "x".join(map(str, kernel)), _geometry(node, kernel)]
+    words = [_KINDS[grouped, per_group == 1] + kind(node), "x".join(map(str, kernel)), _geometry(node, kernel)]
     words += ["@" + "x".join(map(str, (size[0], *spatial) if kernel else spatial)), _epilogue(node)]
     outgoing = extent(state.of(node)[axis], outputs)
     name = module_path(node) or node.name
-    return Operation(name, " ".join(filter(None, words)), inputs, outgoing, macs, depthwise, blocks, place(node))
+    return Operation(name, " ".join(filter(None, words)), inputs, outgoing, macs, grouped, blocks, place(node))
 
 
 def _geometry(node: Node, kernel: Sequence[int]) -> str:

@@ -1,0 +1,87 @@
+"""The proof of a rebuild: dense(x) == masked(x) on fresh random inputs, or a refusal that names the place."""
+
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from planner.graph import Graph
+from profiles.errors import BuildError
+
+TOLERANCE = 1e-4  # largest |dense - masked| relative to the largest |masked|
+
+
+def equivalence(graph: Graph, masked: nn.Module, dense: nn.Module, batches: list[tuple[Tensor, ...]]) -> float:
+    """Return max|dense - masked| / max|masked| in evaluation mode; raises BuildError naming the place if above 1e-4."""
+    worst = 0.0
+    device = next(masked.parameters()).device
+    for inputs in batches:
+        inputs = tuple(x.to(device) for x in inputs)
+        expected, found = run(masked, inputs), run(dense, inputs)
+        if expected.shape != found.shape or not torch.isfinite(found).all():
+            raise BuildError(f"the rebuilt model's output is {_told(found)}, the masked model's is {_told(expected)}")
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)))
+        if worst > TOLERANCE:
+            raise BuildError(
+                f"the rebuilt model differs from the masked one by {worst:.2e} (allowed {TOLERANCE:g}); "
+                f"first at {_first_difference(graph, masked, dense, inputs)}; the weights there are not exactly zero "
+                "or the channels are used in a way that was not followed"
+            )
+    return worst
+
+
+def _told(x: Tensor) -> str:
+    return f"{'x'.join(map(str, x.shape))}{'' if torch.isfinite(x).all() else ' with values that are not finite'}"
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Return the model's output in evaluation mode; several outputs are joined."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        out = model(*inputs)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if not frame.filename.startswith(torch.__path__[0])][-1]
+        raise BuildError(
+            f"the rebuilt model does not run: {error} at {own.filename}:{own.lineno}; a size is written into the "
+            "model's forward there: take it from the tensor instead, or keep that width"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+    return out if isinstance(out, Tensor) else torch.cat([x.flatten().float() for x in out])
+
+
+def _first_difference(graph: Graph, masked: nn.Module, dense: nn.Module, inputs: tuple[Tensor, ...]) -> str:
+    """Return the first operation whose surviving channels differ, by the sum of magnitudes over each output."""
+    before, after = _sums(masked, inputs), _sums(dense, inputs)
+    for operation in graph.operations:
+        if operation.name in before and operation.name in after:
+            expected = before[operation.name]
+            if abs(expected - after[operation.name]) > 1e-3 * max(expected, 1e-30):
+                return f"{operation.name} ({operation.where})"
+    return "the model's output"
+
+
+def _sums(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """Return Σ|output| of every module without children."""
+    sums: dict[str, float] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, object, object], None]:
+        def record(_: nn.Module, __: object, out: object) -> None:
+            if isinstance(out, Tensor):
+                sums[name] = float(out.abs().double().sum())
+
+        return record
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(recorder(name)) for name, module in leaves]
+    try:
+        run(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums

@@ -1,0 +1,64 @@
+"""Weights on disk: safetensors, written atomically, checked against the model that they are loaded into."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from backends.rebuild import cut
+from planner.spec import Plan
+from profiles import atomic
+from profiles.errors import PlanError
+
+
+def save(model: nn.Module, path: Path | str) -> None:
+    """Write the weights of a rebuilt model as safetensors, atomically."""
+    with atomic.replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+
+
+def load_rebuilt(plan: Plan, model: nn.Module, path: Path | str) -> nn.Module:
+    """Return the rebuilt model whose weights `save` wrote: `model` is the dense class, its weights do not matter."""
+    graph = plan.graph(model)
+    weights = read(path)
+    kept = {}
+    for name in (width.name for width in plan.widths if width.keep):
+        width = graph.width[name]
+        piece = next(piece for piece in width.slices if piece.tensor in weights and (piece.units >= 0).all())
+        repeats = len(piece.units) // width.size
+        kept[name] = torch.arange(weights[piece.tensor].shape[piece.axis] // repeats)
+    dense = cut(model, graph, kept, plan.choice.removed)
+    load_into_(dense, weights, path)
+    return dense
+
+
+def read(path: Path | str) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; raises PlanError if it is not a whole one."""
+    try:
+        return dict(load_file(path))
+    except Exception as error:
+        raise PlanError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def load_into_(model: nn.Module, weights: Mapping[str, Tensor], path: Path | str) -> None:
+    """Load `weights`, read from `path`, into `model`; raises PlanError naming the first one that does not fit."""
+    own = model.state_dict()
+    wrong = [
+        name for name in own.keys() | weights.keys() if own.get(name, _NONE).shape != weights.get(name, _NONE).shape
+    ]
+    if wrong:
+        name = sorted(wrong)[0]
+        raise PlanError(
+            f"{path} does not fit the model: {name} is {_shape(weights, name)} in the file, {_shape(own, name)} in the "
+            f"model ({len(wrong)} such tensors)"
+        )
+    model.load_state_dict(weights)
+
+
+_NONE = torch.empty(0, 0, 0, 0, 0, 0, 0)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    return "x".join(map(str, tensors[name].shape)) if name in tensors else "absent"

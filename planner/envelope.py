@@ -1,0 +1,403 @@
+"""The weighted group sparse envelope (WGSEF): its value, its prox and its de-biased form, as functions of group norms.
+
+Source: Refael, Arbel, Huleihel, "Learning k-Level Structured Sparse Neural Networks Using Group Envelope
+Regularization" (arXiv 2212.12921), after Beck and Refael, "Sparse Regularization via Bidualization" (2022). For groups
+w_1..w_m with norms x_j = |w_j|, weights a_j > 0, costs d_j > 0 and a budget k, in the unit of the costs,
+
+    GS(w) = min over u of  1/2 sum a_j x_j^2 / u_j   subject to  0 <= u_j <= 1,  sum d_j u_j <= k      (0/0 = 0)
+
+is the convex envelope of "1/2 sum a_j x_j^2, if the groups that are not zero cost at most k". The paper has d_j = 1 and
+an integer k. Derived beyond it: general costs, where GS is the LP relaxation (its u_j may be fractional, also for
+d_j > k); the prox for them; and the de-biased form and its prox,
+
+    D(w) = GS(w) - 1/2 sum a_j x_j^2 >= 0,   which is 0 if and only if the groups that are not zero cost at most k.
+
+One root search serves all of them. With c_j = x_j sqrt(a_j / d_j), the multiplier eta >= 0 of the budget solves
+
+    h(eta) = sum d_j u_j - k = 0,   u_j = clip(eta c_j - b_j, 0, 1),
+
+    value            b_j = 0                          GS = 1/2 sum d_j c_j max(c_j, 1/eta),  dGS/dx_j = a_j x_j / u_j
+    de-biased value  b_j = 0                          D  = 1/2 sum d_j c_j max(1/eta - c_j, 0)
+    prox             b_j = r_j = step a_j             w_j <- w_j u_j / (u_j + r_j)
+    de-biased prox   b_j = r_j / (1 - r_j), and       w_j <- w_j u_j / (u_j + r_j (1 - u_j))
+                     x_j / (1 - r_j) in place of x_j
+
+and u = 1 where the groups that are not zero cost at most k. h is non-decreasing and piecewise linear. Newton's method
+solves a piece exactly; when its step leaves the bracket, or the last one did not halve |h|, the bracket is halved
+instead, on the logarithmic scale. So every second evaluation halves |h| or the bracket.
+
+Many pools, each with its own budget, are solved together. The arithmetic is in float64 whatever the dtype of the norms,
+and relative to the largest norm of each pool, so neither 1e30 nor 1e-40 overflows or vanishes in float32. The groups
+are passed over in chunks: beside the result, a call with one pool holds one float64 vector (m,). Off the CPU nothing is
+read back to the host: the number of evaluations is fixed and the shapes depend on the shapes of the input alone. A
+device without float64 (Apple's MPS) is not served; its norms can be moved to the CPU.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["debiased_value", "scale", "value"]
+
+_EVALUATIONS = 64  # at most; the worst of the adversarial families in the tests needs 30, trained norms need 3 to 10
+_TINY, _HUGE = 1e-150, 1e150  # stand for 0 and inf where a quotient must stay finite
+_EPS = torch.finfo(torch.float64).eps
+_CHUNK_CPU = 1 << 17  # a few float64 buffers of this length stay in the cache
+_CHUNK_DEVICE = 1 << 22  # long enough to hide the launch of a kernel
+
+
+def value(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | float, *,
+          pool: Tensor | None = None) -> Tensor:
+    """Return the envelope GS of the groups with these norms, summed over pools: (), in the dtype of the norms.
+
+    norms: (m,). a, d: (m,) or numbers. pool: (m,) ids 0..p-1, or None for one pool. k: a number, or (p,).
+    Differentiable once, in norms: a_j x_j / u_j, and 0 (the least subgradient) at x_j = 0. A pool with k = 0 and a norm
+    above zero has the value inf. Raises ValueError as `scale` does; off the CPU, non-finite norms give nan or inf.
+    """
+    return _value(_problem(norms, a, d, k, pool), norms, debiased=False)
+
+
+def debiased_value(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | float, *,
+                   pool: Tensor | None = None) -> Tensor:
+    """Return GS - 1/2 sum a x^2, summed over pools: (), exactly 0 if and only if every pool is within its budget.
+
+    It is summed without the cancellation of that difference. Arguments, gradient and errors are those of `value`.
+    """
+    return _value(_problem(norms, a, d, k, pool), norms, debiased=True)
+
+
+@torch.no_grad()
+def scale(norms: Tensor, step: Tensor | float, a: Tensor | float, d: Tensor | float, k: Tensor | float, *,
+          pool: Tensor | None = None, debiased: bool = False) -> Tensor:
+    """Return the factors (m,) in [0, 1] for which w_j <- scale_j w_j is the prox of step · GS, or of step · D.
+
+    step: learning rate × strength, a number, () or (m,) and then constant within a pool; the rest is as in `value`.
+    Groups beyond the threshold get exactly 0, as do all groups of a pool with k = 0 and, in a pool over its budget,
+    those of norm 0. A pool within its budget gets 1 / (1 + step a), de-biased exactly 1. Where step = 0 the factor
+    is 1, whatever k.
+
+    Raises ValueError where norms are negative or not finite, a or d not positive, k or step negative, a pool id is
+    outside 0..p-1, or step · a >= 1 in the de-biased form, whose prox is then not single-valued. Values are checked on
+    the CPU only. Elsewhere every factor is 1 if any norm is not finite, and step · a is held below 1.
+    """
+    problem = _stepped(_problem(norms, a, d, k, pool), step, a, debiased)
+    root = _settled(problem, _root(problem))
+    factors = torch.empty_like(problem.norms)
+    for part in problem.parts():
+        ridge = part.ridge()
+        u = torch.maximum(root.usage(part), (part.cut(problem.step) == 0).double())
+        factors[part.span] = u / (torch.addcmul(u, ridge, 1 - u) if debiased else u + ridge)
+    if factors.is_cpu or factors.numel() == 0:
+        return factors
+    return torch.where(torch.isfinite(problem.norms.amax()), factors, 1.0)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Groups in pools, each pool with its budget."""
+
+    norms: Tensor  # (m,)
+    step: Tensor  # (m,) or (1,)
+    a: Tensor  # (m,) or (1,)
+    d: Tensor  # (m,) or (1,)
+    budget: Tensor  # (p,) float64
+    pool: Tensor | None  # (m,)
+    noise: Tensor  # (p,) the relative rounding error to expect of a sum over the pool
+    debiased: bool = False
+
+    def parts(self) -> Iterator["_Part"]:
+        """Yield the groups in chunks, so that what is computed on the way stays small."""
+        length = _CHUNK_CPU if self.norms.is_cpu else _CHUNK_DEVICE
+        for start in range(0, self.norms.numel(), length):
+            yield _Part(self, slice(start, min(start + length, self.norms.numel())))
+
+    def per_pool(self, fill: float = 0.0) -> Tensor:
+        """Return a new (p,) float64 tensor."""
+        return torch.full_like(self.budget, fill)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A chunk of n groups, read in float64."""
+
+    problem: _Problem
+    span: slice
+
+    def cut(self, per_group: Tensor) -> Tensor:
+        """Return the chunk of a tensor (m,), and a tensor (1,) as it is."""
+        return (per_group if per_group.numel() == 1 else per_group[self.span]).double()
+
+    def ridge(self) -> Tensor:
+        """Return r_j = step a_j."""
+        ridge = self.cut(self.problem.step) * self.cut(self.problem.a)
+        return ridge.clamp_(max=1 - _EPS if self.problem.debiased else _HUGE)
+
+    def offset(self) -> Tensor:
+        """Return b_j."""
+        ridge = self.ridge()
+        return ridge / (1 - ridge) if self.problem.debiased else ridge
+
+    def spread(self, per_pool: Tensor) -> Tensor:
+        """Give every group the number of its pool: (p,) -> (n,), or (1,) where there is one pool."""
+        pool = self.problem.pool
+        return per_pool if pool is None else per_pool.index_select(0, pool[self.span])
+
+    def add_(self, per_pool: Tensor, values: Tensor) -> None:
+        """Add the (n,) values to the sums of their pools."""
+        pool = self.problem.pool
+        if pool is None:
+            per_pool.add_(values.sum())
+        else:
+            per_pool.scatter_add_(0, pool[self.span].long(), values)
+
+    def reduce_(self, per_pool: Tensor, values: Tensor, reduce: str) -> None:
+        """Lower ("amin") or raise ("amax") the extremes of the pools to the (n,) values."""
+        pool = self.problem.pool
+        if pool is not None:
+            per_pool.scatter_reduce_(0, pool[self.span].long(), values, reduce)
+        elif reduce == "amin":
+            per_pool.clamp_(max=values.amin())
+        else:
+            per_pool.clamp_(min=values.amax())
+
+
+@dataclass(frozen=True)
+class _Root:
+    """The multiplier of each pool, for norms relative to the largest of the pool."""
+
+    reach: Tensor  # (m,) c_j
+    largest: Tensor  # (p,)
+    eta: Tensor  # (p,), 0 where the budget is 0
+    slack: Tensor  # (p,) bool: the pool is within its budget, whatever eta says
+
+    def usage(self, part: _Part) -> Tensor:
+        """Return u_j: (n,)."""
+        u = part.spread(self.eta) * part.cut(self.reach)
+        u.sub_(part.offset()).clamp_(0, 1)
+        return torch.maximum(u, part.spread(self.slack).double(), out=u)
+
+
+@dataclass(frozen=True)
+class _Bracket:
+    """Where the root of each pool can lie, and where Newton's method starts; all (p,)."""
+
+    low: Tensor
+    high: Tensor
+    start: Tensor
+
+
+def _root(problem: _Problem) -> _Root:
+    """Find the multipliers."""
+    largest = problem.per_pool()
+    for part in problem.parts():
+        part.reduce_(largest, part.cut(problem.norms), "amax")
+    largest = torch.where(largest > 0, largest, 1.0)
+    reach = torch.empty_like(problem.norms, dtype=torch.float64)
+    bracket, slack = _bracket(problem, largest, reach)
+    return _Root(reach, largest, _search(problem, reach, bracket, slack), slack)
+
+
+def _bracket(problem: _Problem, largest: Tensor, reach: Tensor) -> tuple[_Bracket, Tensor]:
+    """Fill `reach` with c_j; return the bracket, and which pools are within their budget."""
+    cost, area, shift = problem.per_pool(), problem.per_pool(), problem.per_pool()
+    first, last = problem.per_pool(), problem.per_pool(torch.inf)
+    for part in problem.parts():
+        x, d, b = part.cut(problem.norms), part.cut(problem.d), part.offset()
+        c = torch.div(x, part.spread(largest), out=reach[part.span])
+        c *= torch.sqrt(part.cut(problem.a) / d)
+        if problem.debiased:
+            c /= 1 - part.ridge()
+        alive = x.sign() * d
+        part.add_(cost, alive)
+        part.add_(area, d * c)
+        part.add_(shift, alive * b)
+        part.reduce_(first, c / b.clamp(min=_TINY), "amax")
+        part.reduce_(last, torch.eq(c, 0, out=alive).mul_(_HUGE).add_(c).div_(1 + b), "amin")
+    k = problem.budget
+    low = torch.maximum(k / area, 1 / first)  # u_j <= eta c_j gives the former, and below the latter all u_j are 0
+    high = (1 / last).clamp(max=_HUGE)
+    start = ((k + shift) / area).clamp(low, high)  # the root, were every u_j strictly between 0 and 1
+    return _Bracket(low, high, start), cost <= k * (1 + problem.noise)
+
+
+def _search(problem: _Problem, reach: Tensor, bracket: _Bracket, slack: Tensor) -> Tensor:
+    """Return the root eta of each pool: (p,)."""
+    k, low, high = problem.budget, bracket.low, bracket.high
+    done = slack | (k <= 0)
+    eta = torch.where(done, 0.0, bracket.start)
+    halved, before = torch.zeros_like(done), problem.per_pool(torch.inf)
+    for _ in range(_EVALUATIONS):
+        spent, rate = _spend(problem, reach, eta)
+        excess = spent - k
+        newton = eta - excess / rate
+        low = torch.where(excess < 0, torch.maximum(low, eta), low)
+        high = torch.where(excess < 0, high, torch.minimum(high, eta))
+        near = (excess.abs() <= problem.noise * k) | ((newton - eta).abs() <= 4 * _EPS * eta)
+        near |= high <= low * (1 + 4 * _EPS)
+        useful = (newton > low) & (newton < high) & (near | halved | (excess.abs() <= before / 2))
+        halved, before = ~useful, excess.abs()
+        middle = torch.where(near, eta, low.sqrt() * high.sqrt())
+        eta = torch.where(done, eta, torch.where(useful, newton, middle))
+        done |= near
+        if done.is_cpu and bool(done.all()):
+            break
+    return eta
+
+
+def _settled(problem: _Problem, root: _Root) -> _Root:
+    """Move eta to the middle of its interval where h = 0 on an interval, as when an integer budget is met exactly.
+
+    At an end of that interval rounding would leave a group beyond the threshold with a tiny factor instead of 0.
+    """
+    cost, full, empty = problem.per_pool(), problem.per_pool(torch.inf), problem.per_pool()
+    for part in problem.parts():
+        c, b, d = part.cut(root.reach), part.offset(), part.cut(problem.d)
+        line = c * part.spread(root.eta) - b
+        kept = torch.ge(line, 0.5, out=line)
+        part.add_(cost, kept * d)
+        part.reduce_(full, (1 - kept).mul_(_HUGE).add_(c).div_(1 + b), "amin")
+        part.reduce_(empty, (1 - kept).mul_(c).div_(b.clamp(min=_TINY)), "amax")
+    even = ((cost - problem.budget).abs() <= problem.noise * problem.budget) & (empty < full) & (empty > 0)
+    return replace(root, eta=torch.where(even, (full.sqrt() * empty.sqrt()).reciprocal(), root.eta))
+
+
+def _spend(problem: _Problem, reach: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sum d_j u_j and its derivative in eta, for each pool: (p,), (p,)."""
+    spent, rate = problem.per_pool(), problem.per_pool()
+    length = min(_CHUNK_CPU if reach.is_cpu else _CHUNK_DEVICE, reach.numel())
+    buffers = reach.new_empty(2, length)
+    for part in problem.parts():
+        c, d = reach[part.span], part.cut(problem.d)
+        line, u = buffers[:, : c.numel()]
+        torch.mul(c, part.spread(eta), out=line)
+        torch.clamp(line.sub_(part.offset()), 0, 1, out=u)
+        torch.eq(line, u, out=line)  # 1 where the line is not clipped
+        part.add_(spent, u.mul_(d))
+        part.add_(rate, line.mul_(c).mul_(d))
+    return spent, rate
+
+
+def _value(problem: _Problem, norms: Tensor, *, debiased: bool) -> Tensor:
+    result: Tensor = _Value.apply(norms, problem, debiased)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Value(torch.autograd.Function):
+    """GS or D: both are half the inner product of the norms and their gradient, being homogeneous of degree 2."""
+
+    @staticmethod
+    def forward(ctx: Any, norms: Tensor, problem: _Problem, debiased: bool) -> Tensor:
+        root = _root(problem)
+        total = norms.new_zeros((), dtype=torch.float64)
+        gradient = torch.empty_like(norms) if ctx.needs_input_grad[0] else None
+        floor = torch.where(root.slack, 0.0, 1 / root.eta)
+        for part in problem.parts():
+            x, c, level = part.cut(norms), part.cut(root.reach), part.spread(floor)
+            slope = (level - c).clamp_(min=0) if debiased else torch.maximum(level, c)
+            slope *= part.spread(root.largest) * torch.sqrt(part.cut(problem.a) * part.cut(problem.d))
+            slope.masked_fill_(x == 0, 0.0)
+            total += torch.dot(x, slope) / 2
+            if gradient is not None:
+                gradient[part.span] = slope
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total.to(norms.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return outer[0] * gradient, None, None
+
+
+def _problem(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | float, pool: Tensor | None) -> _Problem:
+    """Bring all to shape, and check what can be checked without reading a device."""
+    if norms.dim() != 1 or not norms.is_floating_point():
+        raise ValueError(f"norms are {norms.dtype} of shape {tuple(norms.shape)}; give floats of shape (m,)")
+    _check("norms", norms, "they must be finite and not negative: skip the step that made them so")
+    _check("a", a, "weights must be finite and above 0", above=0.0)
+    _check("d", d, "costs must be finite and above 0", above=0.0)
+    budget = _budget(norms, k, pool)
+    return _Problem(norms.detach(), _per_group("step", 0.0, norms), _per_group("a", a, norms),
+                    _per_group("d", d, norms), budget, pool, _noise(budget, pool))
+
+
+def _stepped(problem: _Problem, step: Tensor | float, a: Tensor | float, debiased: bool) -> _Problem:
+    """Return the problem of the prox with this step."""
+    _check("step", step, "learning rate times strength must be finite and not negative")
+    if debiased:
+        _check_single_valued(step, a)
+    return replace(problem, step=_per_group("step", step, problem.norms), debiased=debiased)
+
+
+def _per_group(name: str, given: Tensor | float, norms: Tensor) -> Tensor:
+    """Return the tensor (m,), or the number as a tensor (1,)."""
+    if not isinstance(given, Tensor):
+        return torch.full((1,), float(given), dtype=torch.float64, device=norms.device)
+    if given.dim() > 0 and given.shape != norms.shape:
+        raise ValueError(f"{name} has shape {tuple(given.shape)}, not {tuple(norms.shape)}; give one per group, or one")
+    return given.detach().reshape(-1)
+
+
+def _budget(norms: Tensor, k: Tensor | float, pool: Tensor | None) -> Tensor:
+    """Return the budget of each pool: (p,) float64."""
+    _check("k", k, "a budget is never negative", finite=False)
+    given = torch.as_tensor(k, dtype=torch.float64, device=norms.device).detach() if isinstance(k, Tensor) else None
+    if pool is None:
+        pools = 1
+    elif given is not None and given.dim() == 1:
+        pools = given.numel()
+    else:  # off the CPU the ids cannot be read: there are at most as many pools as groups
+        pools = int(pool.max()) + 1 if pool.is_cpu and pool.numel() > 0 else norms.numel()
+    if pool is not None:
+        _check_pool(norms, pool, pools)
+    if given is None:
+        return torch.full((pools,), float(k), dtype=torch.float64, device=norms.device)
+    if given.numel() not in (1, pools) or given.dim() > 1:
+        raise ValueError(f"k has shape {tuple(given.shape)} for {pools} pools; give one budget per pool, or one")
+    return given.reshape(-1).expand(pools).contiguous()
+
+
+def _noise(budget: Tensor, pool: Tensor | None) -> Tensor:
+    """Return the rounding error of sums that run pairwise over one pool, and group by group over several."""
+    if pool is None:
+        return torch.full_like(budget, 16 * _EPS)
+    sizes = torch.zeros_like(budget).scatter_add_(0, pool.long(), budget.new_ones(()).expand(pool.numel()))
+    return sizes.sqrt_().add_(16).mul_(_EPS)
+
+
+def _check_pool(norms: Tensor, pool: Tensor, pools: int) -> None:
+    if pool.shape != norms.shape or pool.is_floating_point():
+        raise ValueError(f"pool is {pool.dtype} of shape {tuple(pool.shape)}; give one integer per group")
+    if pool.is_cpu and pool.numel() > 0:
+        low, high = (int(bound) for bound in pool.aminmax())
+        if low < 0 or high >= pools:
+            raise ValueError(f"pool ids reach from {low} to {high}; they must lie in 0..{pools - 1}")
+
+
+def _check(name: str, given: Tensor | float, remedy: str, *, above: float = -1.0, finite: bool = True) -> None:
+    """Raise ValueError if a number, or a tensor on the CPU, is nan, below 0 or (if `above` is 0) 0, or inf."""
+    if isinstance(given, Tensor):
+        if not given.is_cpu or given.numel() == 0:
+            return
+        low, high = (float(bound) for bound in given.detach().aminmax())
+    else:
+        low = high = float(given)
+    valid = low > 0 if above == 0 else low >= 0
+    if not valid or (finite and high == torch.inf):
+        raise ValueError(f"{name} reaches from {low} to {high}; {remedy}")
+
+
+def _check_single_valued(step: Tensor | float, a: Tensor | float) -> None:
+    """Raise ValueError if step · a reaches 1, where the de-biased prox stops being single-valued."""
+    if any(isinstance(given, Tensor) and not given.is_cpu for given in (step, a)):
+        return
+    steps, weights = (torch.as_tensor(given, dtype=torch.float64).reshape(-1) for given in (step, a))
+    product = steps * weights
+    if product.numel() > 0 and float(product.max()) >= 1:
+        worst = int(product.argmax())
+        first, second = (float(given[worst if given.numel() > 1 else 0]) for given in (steps, weights))
+        raise ValueError(f"step {first} × a {second} must stay below 1 in the de-biased form; "  # noqa: RUF001
+                         "lower the learning rate or the strength")

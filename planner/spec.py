@@ -1,0 +1,176 @@
+"""The plan: plain data that says what is kept, why, and with which WGSEF groups, weights and budgets it is trained."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from planner.graph import Graph, trace
+from planner.operations import Choice
+from profiles import atomic
+from profiles.errors import PlanError
+
+T = TypeVar("T", bound=BaseModel)
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class InputSpec(_Part):
+    """One input of the model."""
+
+    shape: tuple[Annotated[int, Field(gt=0)], ...]
+    dtype: str
+
+
+class WidthPlan(_Part):
+    """What becomes of one width."""
+
+    name: str
+    dense: Annotated[int, Field(gt=0)]
+    keep: Count  # 0: the block around it leaves
+    considered: tuple[int, ...]
+    cost_s: Annotated[float, Field(ge=0)]  # what one channel costs on average: (latency dense - latency kept) / removed
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.keep > self.dense:
+            raise ValueError(f"width {self.name} keeps {self.keep} of {self.dense} channels")
+        return self
+
+
+class BlockPlan(_Part):
+    """What becomes of one residual block."""
+
+    name: str
+    removed: bool
+
+
+class Pool(_Part):
+    """One WGSEF pool: the groups of some structures that share a budget.
+
+    The budget and the costs are in one unit: 1 per group for a pool of one width, seconds for a pool over several.
+    """
+
+    name: str
+    structure: Literal["filter", "depth"]
+    members: tuple[str, ...]  # widths or blocks
+    weights: tuple[Positive, ...]  # a_j, the same for all groups of a member
+    costs: tuple[Positive, ...]  # d_j, the same for all groups of a member
+    budget: Annotated[float, Field(ge=0)]
+
+
+class Prediction(_Part):
+    """What the planner expects, and on what it rests."""
+
+    basis: Literal["table", "rules"]  # a table measured on the device, or the profile's documented granularity alone
+    dense_s: float | None  # None: the rules know ratios only
+    latency_s: float | None
+    fraction: Positive
+    macs: Count
+    dense_macs: Count
+    table_sha256: str | None = None
+    table_error: float | None = None  # mean relative error of the table on networks that it was not fitted to
+
+
+class Proof(_Part):
+    """How far the integer program was solved."""
+
+    status: str
+    objective: float
+    bound: float
+    gap: float
+
+
+class Plan(_Part):
+    """The group spec: reviewable, versioned, bound to one model by its fingerprint and to its content by a digest."""
+
+    schema_version: Literal[1] = 1
+    profile: str
+    fingerprint: str
+    inputs: tuple[InputSpec, ...]
+    target_fraction: Positive
+    widths: tuple[WidthPlan, ...]
+    blocks: tuple[BlockPlan, ...]
+    pools: tuple[Pool, ...]
+    debiased: bool = True
+    importance: str
+    predicted: Prediction
+    proof: Proof
+    notes: tuple[str, ...] = ()
+
+    @property
+    def choice(self) -> Choice:
+        """What the plan keeps of the widths that it names, and the blocks that it removes."""
+        removed = frozenset(block.name for block in self.blocks if block.removed)
+        return Choice({width.name: width.keep for width in self.widths}, removed)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the content."""
+        return hashlib.sha256(canonical(self.model_dump(mode="json"))).hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as JSON, atomically, one width a line, with its digest."""
+        content = {**self.model_dump(mode="json"), "sha256": self.sha256}
+        atomic.write_text(path, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a plan; raises PlanError if the file is not a whole, unedited plan of this version."""
+        return read(cls, path, "espalier plan")
+
+    def inputs_like(self, *, seed: int = 0) -> tuple[Tensor, ...]:
+        """Return fresh random inputs of the plan's shapes."""
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(_random(spec, generator) for spec in self.inputs)
+
+    def graph(self, model: nn.Module) -> Graph:
+        """Trace `model`; raises PlanError if the plan was made for another one."""
+        device = next(model.parameters()).device
+        graph = trace(model, tuple(x.to(device) for x in self.inputs_like()))
+        if graph.fingerprint != self.fingerprint:
+            raise PlanError(
+                f"the plan was made for another model: its fingerprint is {self.fingerprint}, this model's is "
+                f"{graph.fingerprint}; run `espalier plan` on this model"
+            )
+        return graph
+
+
+def read(cls: type[T], path: Path | str, remedy: str) -> T:
+    """Read a document that carries its own digest; raises PlanError naming the file, what is wrong and `remedy`."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise PlanError(f"{path} cannot be read: {error.strerror}; make it with `{remedy}`") from error
+    except ValueError as error:
+        raise PlanError(f"{path} is truncated or not JSON ({error}); make it again with `{remedy}`") from error
+    digest = content.pop("sha256", None) if isinstance(content, dict) else None
+    try:
+        document = cls.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PlanError(f"{path}: {where or 'document'}: {first['msg']}; make it again with `{remedy}`") from error
+    if digest != hashlib.sha256(canonical(content)).hexdigest():
+        raise PlanError(f"{path} was edited after it was written (its sha256 differs); make it again with `{remedy}`")
+    return document
+
+
+def canonical(content: object) -> bytes:
+    """Return the bytes that digests are made of."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _random(spec: InputSpec, generator: torch.Generator) -> Tensor:
+    dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(spec.shape, generator=generator).to(dtype)
+    return torch.zeros(spec.shape, dtype=dtype)

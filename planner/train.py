@@ -1,0 +1,223 @@
+"""`fit()`: a short reference loop with resume; users keep their own and call planner.attach in it."""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD
+
+from planner.importance import Loss
+from planner.prox import Proximal, attach
+from planner.spec import Plan
+from profiles import atomic
+from profiles.errors import PlanError
+
+log = logging.getLogger(__name__)
+
+
+class Batches(Protocol):
+    """What is trained on: a sized iterable of (inputs, targets), iterated once an epoch.
+
+    If it has `set_epoch(epoch)` that is called first, so that order and augmentation can follow from the epoch alone
+    and an interrupted run continues as if it had not been.
+    """
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (inputs, targets)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD with Nesterov momentum and a cosine learning rate after a linear warm-up of 5 % of the steps."""
+
+    epochs: int
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    sparse_fraction: float = 0.5  # of the steps shrink groups, the others train what is left
+    bfloat16: bool = False  # autocast the forward pass
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step, 0-based."""
+        warm = max(1, steps // 20)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The state of a training run, as progress and history show it."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    nonzero_groups: int
+    budget_groups: int
+    phase: str  # "dense" without a plan; "sparse" while groups shrink; "finetune" on a fixed support
+
+
+@dataclass
+class _Run:
+    model: nn.Module
+    optimizer: SGD
+    proximal: Proximal | None
+    steps: int
+    history: list[Moment]
+    epoch: int = 0
+
+
+def fit(
+    model: nn.Module,
+    train: Batches,
+    recipe: Recipe,
+    *,
+    plan: Plan | None = None,
+    checkpoint: Path | None = None,
+    watch: Callable[[Moment], None] | None = None,
+    loss: Loss = cross_entropy,
+) -> list[Moment]:
+    """Train `model` in place, with the proximal steps of `plan` if given, and return the history.
+
+    With `checkpoint`, the state is saved after every epoch; the same call with the same recipe and plan continues it.
+    """
+    steps = recipe.epochs * len(train)
+    optimizer = SGD(
+        model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+    )
+    shrinking = max(1, round(steps * recipe.sparse_fraction))
+    proximal = attach(plan, model, optimizer, steps=shrinking) if plan else None
+    run = _Run(model, optimizer, proximal, steps, [])
+    identity = _identity(recipe, plan, len(train))
+    if checkpoint is not None and checkpoint.exists():
+        _restore(run, checkpoint, identity)
+    while run.epoch < recipe.epochs:
+        for moment in _epoch(run, train, recipe, loss):
+            run.history.append(moment)
+            if watch:
+                watch(moment)
+        run.epoch += 1
+        if checkpoint is not None:
+            _save(run, checkpoint, identity)
+    return run.history
+
+
+def _epoch(run: _Run, train: Batches, recipe: Recipe, loss: Loss) -> Iterator[Moment]:
+    """Train for one epoch, reporting about eight times."""
+    if (set_epoch := getattr(train, "set_epoch", None)) is not None:
+        set_epoch(run.epoch)
+    run.model.train()
+    device = next(run.model.parameters()).device
+    every, total, since = max(1, len(train) // 8), torch.zeros((), device=device), 0
+    for index, (x, y) in enumerate(train):
+        step = run.epoch * len(train) + index
+        for parameters in run.optimizer.param_groups:
+            parameters["lr"] = recipe.rate(step, run.steps)
+        run.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            value = loss(run.model(x.to(device)), y.to(device))
+        value.backward()  # type: ignore[no-untyped-call]
+        run.optimizer.step()
+        total, since = total + value.detach(), since + 1
+        if (index + 1) % every == 0 or index + 1 == len(train):
+            yield _moment(run, step + 1, len(train), float(total) / since)
+            total, since = torch.zeros((), device=device), 0
+
+
+def _moment(run: _Run, step: int, per_epoch: int, loss: float) -> Moment:
+    proximal = run.proximal
+    if proximal is None:
+        return Moment(step, run.steps, step / per_epoch, loss, 0, 0, "dense")
+    phase = "finetune" if proximal.frozen else "sparse"
+    return Moment(step, run.steps, step / per_epoch, loss, proximal.nonzero(), proximal.budget_groups, phase)
+
+
+def _identity(recipe: Recipe, plan: Plan | None, batches: int) -> str:
+    """Return a digest of what must agree for a checkpoint to be continued."""
+    content = json.dumps([asdict(recipe), plan.sha256 if plan else None, batches])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _save(run: _Run, path: Path, identity: str) -> None:
+    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in run.model.state_dict().items()}
+    for name, parameter in run.model.named_parameters():
+        buffer = run.optimizer.state[parameter].get("momentum_buffer")
+        if buffer is not None:
+            tensors[f"momentum.{name}"] = buffer.contiguous()
+    if run.proximal is not None:
+        tensors |= {f"proximal.{name}": tensor for name, tensor in run.proximal.state_dict().items()}
+    about = {"identity": identity, "epoch": str(run.epoch), "history": json.dumps([asdict(m) for m in run.history])}
+    with atomic.replacing(path) as temporary:
+        save_file(tensors, temporary, about)
+
+
+def _restore(run: _Run, path: Path, identity: str) -> None:
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
+    except Exception as error:
+        raise PlanError(f"{path} is not a whole checkpoint ({error}); remove it to train from the start") from error
+    if about.get("identity") != identity:
+        raise PlanError(f"{path} belongs to another training (recipe or plan differ); remove it to start")
+    run.model.load_state_dict(_part(tensors, "model."))
+    momentum = _part(tensors, "momentum.")
+    for name, parameter in run.model.named_parameters():
+        if name in momentum:
+            buffer = torch.empty_like(parameter).copy_(momentum[name])
+            run.optimizer.state[parameter]["momentum_buffer"] = buffer
+    if run.proximal is not None:
+        run.proximal.load_state_dict(_part(tensors, "proximal."))
+    run.epoch = int(about["epoch"])
+    run.history.extend(Moment(**moment) for moment in json.loads(about["history"]))
+    log.info("continuing %s after epoch %d", path, run.epoch)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the share of `batches` that `model` classifies as they are labelled, in evaluation mode."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    right = total = 0
+    for x, y in batches:
+        right += int((model(x.to(device)).argmax(1).cpu() == y.cpu()).sum())
+        total += len(y)
+    model.train(training)
+    return right / total
+
+
+@torch.no_grad()
+def recalibrate_(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Replace every BatchNorm's running statistics by the average over `batches`, as is needed after a cut."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the cumulative average
+    training = model.training
+    model.train()
+    device = next(model.parameters()).device
+    for x, _ in batches:
+        model(x.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(training)

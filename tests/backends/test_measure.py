@@ -1,0 +1,341 @@
+"""The timer, on a machine whose clock is ours: no test reads real time."""
+
+import gc
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import backends
+from backends import affinity
+from backends.affinity import pinned
+from backends.environment import Environment
+from backends.latency import Latency
+from backends.measure import MIN_ROUNDS, SAMPLES_KEPT, Candidate, Measurement, compare
+from profiles.errors import BuildError
+
+US = 1_000
+MS = 1_000_000
+
+
+@dataclass
+class Machine:
+    """A clock in nanoseconds that moves only when a candidate runs, and a log of what ran."""
+
+    now: int = 0
+    ran: list[str] = field(default_factory=list)
+    load: Callable[[int], float] = lambda now: 1.0
+
+    def clock(self) -> int:
+        return self.now
+
+    def candidate(self, label: str, *durations_ns: int) -> Candidate:
+        """Return a candidate whose runs last `durations_ns` in turn, times the load of the machine."""
+        durations = cycle(durations_ns)
+
+        def run() -> None:
+            self.ran.append(label)
+            self.now += round(next(durations) * self.load(self.now))
+
+        return Candidate(label, run, runtime="fake", runtime_version="1")
+
+
+@pytest.fixture(autouse=True)
+def unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(affinity, "_SAMPLE_S", 0.0)
+
+
+def test_latency_is_in_seconds_and_matches_the_runs() -> None:
+    machine = Machine()
+    (found,) = compare([machine.candidate("a", 2 * MS)], clock=machine.clock)
+    assert found.latency_s.p50 == pytest.approx(2e-3)
+    assert (found.latency_s.min, found.latency_s.mean, found.latency_s.p99) == pytest.approx((2e-3, 2e-3, 2e-3))
+    assert found.latency_s.ci95 == pytest.approx((2e-3, 2e-3))
+    assert found.rounds == len(found.round_medians_s) == 33
+
+
+def test_the_median_ignores_what_the_mean_does_not() -> None:
+    machine = Machine()
+    (found,) = compare([machine.candidate("a", MS, MS, MS, 9 * MS)], clock=machine.clock)
+    assert found.latency_s.p50 == pytest.approx(1e-3)
+    assert found.latency_s.p99 == pytest.approx(9e-3)
+    assert 2.5e-3 < found.latency_s.mean < 3.5e-3
+
+
+def test_percentiles_are_of_all_runs_and_the_median_of_the_round_medians() -> None:
+    samples = np.random.default_rng(0).lognormal(size=(40, 50))
+    medians = np.median(samples, axis=1)
+    found = Latency.of(samples.ravel(), medians)
+    assert found.p50 == np.median(medians)
+    assert (found.p90, found.p99) == tuple(np.percentile(samples, (90, 99)))
+    assert (found.min, found.mean) == (samples.min(), pytest.approx(samples.mean()))
+    assert found.ci95[0] < found.p50 < found.ci95[1]
+
+
+@pytest.mark.parametrize("run_ns", [20 * US, 300 * US, 4 * MS, 14 * MS])
+@pytest.mark.parametrize("seconds", [0.1, 0.2, 1.0, 3.0])
+def test_a_block_lasts_20_to_40_ms_and_all_blocks_the_seconds_asked_for(run_ns: int, seconds: float) -> None:
+    machine = Machine()
+    (found,) = compare([machine.candidate("a", run_ns)], seconds=seconds, clock=machine.clock)
+    block_s = found.runs / found.rounds * run_ns * 1e-9
+    half_a_run_s = run_ns * 0.5e-9
+    assert 0.02 - half_a_run_s <= block_s <= 0.04 + half_a_run_s
+    assert found.runs * run_ns * 1e-9 == pytest.approx(seconds, rel=0.45)
+
+
+def test_a_slow_candidate_runs_few_times_and_a_fast_one_as_long() -> None:
+    machine = Machine()
+    slow, fast = compare(
+        [machine.candidate("slow", 1000 * MS), machine.candidate("fast", MS)], seconds=2.0, clock=machine.clock
+    )
+    assert (slow.rounds, slow.runs) == (MIN_ROUNDS, MIN_ROUNDS)
+    assert fast.runs * MS * 1e-9 == pytest.approx(2.0)
+
+
+def test_every_round_runs_every_candidate_once_in_an_order_that_varies() -> None:
+    def order(seed: int) -> list[tuple[str, ...]]:
+        machine = Machine()
+        candidates = [machine.candidate(label, MS) for label in "abcd"]
+        seen: list[str] = []
+        compare(candidates, rounds=24, seed=seed, clock=machine.clock, progress=lambda *_: seen.append(machine.ran[-1]))
+        return list(zip(*[iter(seen)] * 4, strict=True))
+
+    rounds = order(0)
+    assert len(rounds) == 24
+    assert all(sorted(each) == list("abcd") for each in rounds)
+    assert len(set(rounds)) > 8  # of 24 orders
+    assert all(Counter(each[0] for each in rounds)[label] for label in "abcd")
+    assert order(0) == rounds
+    assert order(1) != rounds
+
+
+def test_progress_counts_blocks_and_is_not_timed() -> None:
+    machine = Machine()
+    calls: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append((done, total))
+        machine.now += 1000 * MS
+
+    found = compare([machine.candidate(label, MS) for label in "ab"], rounds=7, progress=progress, clock=machine.clock)
+    assert calls == [(done, 14) for done in range(1, 15)]
+    assert [each.latency_s.p99 for each in found] == pytest.approx([1e-3, 1e-3])
+
+
+def test_warm_up_lasts_until_the_runs_are_stable() -> None:
+    machine = Machine()
+    machine.load = lambda now: max(1.0, 3.0 - now / (100 * MS))  # a clock that speeds up for 0.2 s
+    (found,) = compare([machine.candidate("a", MS)], clock=machine.clock)
+    assert found.latency_s.p90 < 1.3e-3
+    assert found.warmup_runs > 50
+
+    steady = Machine()
+    (found,) = compare([steady.candidate("a", MS)], clock=steady.clock)
+    assert found.warmup_runs == 1 + 10 + 10
+
+
+def test_warm_up_gives_up_after_as_long_as_the_measurement(caplog: pytest.LogCaptureFixture) -> None:
+    machine = Machine()
+    generator = np.random.default_rng(0)
+    machine.load = lambda now: float(2 ** generator.uniform(-4, 4))
+    with caplog.at_level("INFO", logger="backends.measure"):
+        (found,) = compare([machine.candidate("wild", 11 * MS)], seconds=0.05, clock=machine.clock)
+    assert "wild: not stable" in caplog.text
+    assert found.warmup_runs < 12
+
+
+def test_a_clock_too_coarse_to_see_a_run_does_not_hang() -> None:
+    machine = Machine()
+    (found,) = compare([machine.candidate("nothing", 0)], seconds=1e-6, clock=machine.clock)
+    assert found.latency_s.p50 == pytest.approx(1e-9)
+
+
+def test_the_garbage_collector_is_off_while_a_run_is_timed_and_on_again_after() -> None:
+    machine, states = Machine(), []
+    inner = machine.candidate("a", MS)
+    spy = Candidate("a", lambda: (states.append(gc.isenabled()), inner.run()), runtime="fake", runtime_version="1")
+    (found,) = compare([spy], rounds=5, clock=machine.clock)
+    assert states.count(True) == 1 + 5  # the cold run, and the untimed first run of each block
+    assert states.count(False) == found.runs + found.warmup_runs - 1
+    assert gc.isenabled()
+
+
+def test_a_failing_run_leaves_collector_and_cores_as_they_were() -> None:
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    before = affinity._allowed()
+    with pytest.raises(RuntimeError, match="broken"):
+        compare([Candidate("a", fail, runtime="fake", runtime_version="1")])
+    assert gc.isenabled()
+    assert affinity._allowed() == before
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "message"),
+    [
+        ("", {}, "at least one candidate"),
+        ("aa", {}, "labels must differ"),
+        ("a", {"seconds": 0.0}, "must be positive"),
+        ("a", {"rounds": 0}, "must be positive"),
+    ],
+)
+def test_a_comparison_of_nothing_is_refused(labels: str, settings: dict[str, float], message: str) -> None:
+    machine = Machine()
+    with pytest.raises(ValueError, match=message):
+        compare([machine.candidate(label, MS) for label in labels], clock=machine.clock, **settings)
+
+
+def test_few_samples_are_kept_but_all_are_counted() -> None:
+    machine = Machine()
+    (found,) = compare([machine.candidate("a", 100 * US)], clock=machine.clock)
+    assert found.runs > 9 * SAMPLES_KEPT
+    assert len(found.samples_s) == SAMPLES_KEPT
+    (short,) = compare([machine.candidate("a", 9 * MS)], seconds=0.1, clock=machine.clock)
+    assert len(short.samples_s) == short.runs
+
+
+def test_a_measurement_survives_json() -> None:
+    machine = Machine()
+    (found,) = compare([machine.candidate("a", MS)], clock=machine.clock)
+    assert Measurement.model_validate_json(found.model_dump_json()) == found
+    assert found.environment.torch == torch.__version__
+    assert found.environment.date.tzinfo is not None
+
+
+def paired(a_s: np.ndarray, b_s: np.ndarray) -> tuple[Measurement, Measurement]:
+    """Return two measurements of one comparison with these round medians."""
+    environment = Environment.read()
+
+    def measured(label: str, medians_s: np.ndarray) -> Measurement:
+        values = tuple(medians_s.tolist())
+        return Measurement(
+            label=label,
+            runtime="fake",
+            runtime_version="1",
+            artifact_sha256=None,
+            threads=1,
+            runs=len(values),
+            rounds=len(values),
+            warmup_runs=0,
+            latency_s=Latency.of(medians_s, medians_s),
+            round_medians_s=values,
+            samples_s=values,
+            environment=environment,
+        )
+
+    return measured("a", a_s), measured("b", b_s)
+
+
+def test_a_ratio_is_free_of_the_drift_that_both_share() -> None:
+    drift = np.random.default_rng(0).uniform(1, 4, size=33)
+    found = backends.ratio(*paired(2e-3 * drift, 1e-3 * drift))
+    assert found.value == pytest.approx(2.0)
+    assert found.ci95 == pytest.approx((2.0, 2.0))
+
+
+def test_a_measured_ratio_is_free_of_load_that_changes_between_rounds() -> None:
+    machine = Machine()
+    machine.load = lambda now: 1.0 + (now // (200 * MS)) % 3  # slower and faster in turns, longer than a round
+    a, b = compare([machine.candidate("a", 3 * MS), machine.candidate("b", MS)], seconds=3.0, clock=machine.clock)
+    found = backends.ratio(a, b)
+    assert found.value == pytest.approx(3.0)
+    assert found.ci95 == pytest.approx((3.0, 3.0), rel=0.01)
+    assert a.latency_s.p99 > 1.5 * a.latency_s.min
+
+
+def test_bootstrap_intervals_contain_the_truth_about_as_often_as_they_claim() -> None:
+    generator = np.random.default_rng(0)
+    hits = Counter[str]()
+    for _ in range(100):
+        drift = generator.lognormal(sigma=0.3, size=31)
+        a, b = paired(
+            1.5e-3 * drift * generator.lognormal(sigma=0.05, size=31),
+            1.0e-3 * drift * generator.lognormal(sigma=0.05, size=31),
+        )
+        low, high = backends.ratio(a, b).ci95
+        hits["ratio"] += low <= 1.5 <= high
+        hits["median"] += b.latency_s.ci95[0] <= 1e-3 <= b.latency_s.ci95[1]
+        assert high - low < 0.2
+    assert 88 <= hits["ratio"] <= 100
+    assert 88 <= hits["median"] <= 100
+
+
+def test_a_ratio_of_separate_measurements_is_refused() -> None:
+    (a, _), (_, b) = paired(np.ones(5), np.ones(5)), paired(np.ones(5), np.ones(5))
+    with pytest.raises(BuildError, match="measure both in one compare"):
+        backends.ratio(a, b)
+
+
+needs_two_cores = pytest.mark.skipif(len(affinity._allowed()) < 2, reason="pinning needs Linux and two cores")
+
+
+@needs_two_cores
+def test_pinning_holds_old_and_new_threads_and_frees_all_of_them() -> None:
+    before = os.sched_getaffinity(0)
+    masks: dict[str, set[int]] = {}
+    inside, freed = threading.Barrier(3, timeout=30), threading.Event()
+
+    def worker(name: str) -> None:
+        inside.wait()
+        masks[f"{name} inside"] = os.sched_getaffinity(0)
+        inside.wait()
+        freed.wait(30)
+        masks[f"{name} after"] = os.sched_getaffinity(0)
+
+    workers = [threading.Thread(target=worker, args=(name,)) for name in ("old", "new")]
+    workers[0].start()
+    with pinned(1) as cores:
+        assert len(cores) == 1
+        assert os.sched_getaffinity(0) == cores
+        workers[1].start()
+        inside.wait()
+        inside.wait()
+    freed.set()
+    for thread in workers:
+        thread.join(30)
+    assert os.sched_getaffinity(0) == before
+    assert masks == {"old inside": cores, "new inside": cores, "old after": before, "new after": before}
+
+
+@needs_two_cores
+def test_the_idlest_core_is_chosen_and_one_thread_of_each_core_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([{0: 0, 1: 0, 2: 0, 3: 0}, {0: 5, 1: 5, 2: 1, 3: 0}])
+    monkeypatch.setattr(affinity, "_idle_ticks", lambda: next(ticks))
+    monkeypatch.setattr(affinity, "_siblings", lambda cpu: f"{cpu % 2}")  # 0 with 2, 1 with 3
+    assert affinity._by_idleness(frozenset(range(4))) == [1, 0, 2, 3]
+
+
+def test_without_a_spare_core_nothing_is_pinned() -> None:
+    allowed = affinity._allowed()
+    with pinned(len(allowed) + 1) as cores:
+        assert cores == allowed == affinity._allowed()
+
+
+@needs_two_cores
+def test_a_comparison_records_the_cores_that_it_used() -> None:
+    machine = Machine()
+    (found,) = compare([machine.candidate("a", MS)], clock=machine.clock)
+    assert len(found.environment.cores_used) == 1
+    assert len(affinity._allowed()) > 1
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "pytorch"])
+def test_a_measurement_says_what_was_measured(name: str, tmp_path: Path) -> None:
+    if name != "pytorch":
+        pytest.importorskip(name)
+    runtime, model, inputs = backends.load(name), nn.Linear(3, 2), (torch.zeros(1, 3),)
+    artifact = runtime.build(model, inputs, None, tmp_path / "model.bin")
+    found = backends.measure(runtime, artifact, inputs, seconds=0.01, model=model)
+    assert (found.runtime, found.runtime_version, found.artifact_sha256) == (name, runtime.version(), artifact.sha256)
+    assert (found.threads, found.label, found.rounds) == (1, artifact.path, MIN_ROUNDS)
+    with pytest.raises(BuildError, match="was built for"):
+        backends.measure(runtime, artifact, (torch.zeros(2, 3),), model=model)

@@ -1,0 +1,114 @@
+"""Every profile file that is shipped is a case."""
+
+import tomllib
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+import profiles
+
+DATA = Path(profiles.__file__).parent / "data"
+FILES = sorted(DATA.glob("*.toml"))
+TABLES = {file.name.removesuffix(".toml"): tomllib.loads(file.read_text()) for file in FILES}
+IDS = sorted(name for name, table in TABLES.items() if not table.get("abstract"))
+UNPROVEN = {"inferred", "folklore"}
+
+# id, op, axis, quantum: the published table, one line for each number that the planner relies on.
+QUANTA = [
+    ("x86_64_v3.onnxruntime.fp32", "conv2d", "out_channels", 8),
+    ("x86_64_v3.onnxruntime.fp32", "conv2d", "in_channels", 8),
+    ("x86_64_v4.onnxruntime.fp32", "conv2d", "out_channels", 16),
+    ("x86_64_v4.onnxruntime.fp32", "linear", "out_channels", 1),
+    ("x86_64_v3.openvino.fp32", "conv2d", "out_channels", 8),
+    ("x86_64_v4.openvino.fp32", "conv2d", "in_channels", 16),
+    ("x86_64_v3.xnnpack.fp32", "conv2d", "out_channels", 16),
+    ("x86_64_v4.xnnpack.fp32", "conv2d", "out_channels", 32),
+    ("x86_64_v4.xnnpack.fp32", "depthwise_conv2d", "out_channels", 16),
+    ("x86_64_v4.xnnpack.fp32", "conv2d", "in_channels", 1),
+    ("aarch64.xnnpack.fp32", "conv2d", "out_channels", 8),
+    ("aarch64.xnnpack.fp32", "linear", "hidden", 8),
+    ("nvidia-a100.cublas.fp16", "linear", "out_channels", 8),
+    ("nvidia-a100.cublas.fp16", "linear", "hidden", 64),
+    ("nvidia-a100.cublas.fp16", "matmul", "head_dim", 8),
+    ("nvidia-h200.cublas.fp16", "linear", "hidden", 64),
+    ("nvidia-h200.cublas.fp16", "matmul", "heads", 1),
+    ("ethos-u55-128.vela.int8", "conv2d", "out_channels", 16),
+    ("ethos-u55-128.vela.int8", "conv2d", "in_channels", 8),
+    ("ethos-u65-512.vela.int8", "conv2d", "out_channels", 16),
+    ("jetson-agx-orin-64gb.tensorrt-dla.int8", "conv2d", "in_channels", 32),
+]
+
+
+def test_names_are_the_files_that_are_not_abstract() -> None:
+    assert profiles.names() == tuple(IDS)
+    assert len(IDS) >= 9
+
+
+@pytest.mark.parametrize("profile_id", IDS)
+def test_profile_loads_under_its_file_name(profile_id: str) -> None:
+    assert profiles.load(profile_id).id == profile_id
+
+
+@pytest.mark.parametrize("profile_id", IDS)
+def test_every_statement_is_sourced_with_a_quote_and_a_date(profile_id: str) -> None:
+    profile = profiles.load(profile_id)
+    sources = {source.id: source for source in profile.source}
+    for statement in profile.cited():
+        for name in statement.sources:
+            assert len(sources[name].quote) > 10
+            assert sources[name].retrieved >= date(2026, 1, 1)
+
+
+@pytest.mark.parametrize("profile_id", IDS)
+def test_profile_survives_json(profile_id: str) -> None:
+    profile = profiles.load(profile_id)
+    assert profiles.Profile.model_validate_json(profile.model_dump_json(by_alias=True)) == profile
+
+
+@pytest.mark.parametrize("profile_id", IDS)
+def test_only_evidence_forbids_a_width(profile_id: str) -> None:
+    rules = profiles.load(profile_id).granularity
+    assert rules, "a profile without a single known quantum helps nobody"
+    assert not [rule for rule in rules if rule.mode in ("cliff", "reject") and rule.confidence in UNPROVEN]
+
+
+@pytest.mark.parametrize("profile_id", IDS)
+@pytest.mark.parametrize("kind", ["filters", "in_channels", "depth"])
+def test_removing_filters_and_layers_pays_everywhere(profile_id: str, kind: str) -> None:
+    known = profiles.load(profile_id).pays(kind)
+    assert known is not None
+    assert known.pays == "yes"
+
+
+@pytest.mark.parametrize(("profile_id", "op", "axis", "quantum"), QUANTA)
+def test_quantum_is_the_published_one(profile_id: str, op: str, axis: str, quantum: int) -> None:
+    assert profiles.load(profile_id).quantum(op, axis) == quantum
+
+
+def test_unstructured_zeros_pay_only_where_a_mechanism_was_found() -> None:
+    verdicts = {}
+    for profile_id in IDS:
+        known = profiles.load(profile_id).pays("unstructured")
+        assert known is not None, profile_id
+        verdicts[profile_id] = known.pays
+    conditional = {profile_id for profile_id, pays in verdicts.items() if pays == "conditional"}
+    assert conditional == {name for name in verdicts if ".xnnpack." in name or ".vela." in name}
+    assert "yes" not in verdicts.values()
+
+
+def test_onnxruntime_leaves_the_blocked_layout_beside_multiples_of_four() -> None:
+    rules = profiles.load("x86_64_v4.onnxruntime.fp32").rules("conv2d", "in_channels")
+    assert [(r.quantum, r.at_least, r.penalty) for r in rules if r.mode == "cliff"] == [(4, 16, 1.9)]
+
+
+def test_the_sparse_peak_of_the_dla_is_not_a_dense_one() -> None:
+    peak = profiles.load("jetson-agx-orin-64gb.tensorrt-dla.int8").peak
+    assert peak is not None
+    assert set(peak.ops_per_s) == {"int8_sparse"}
+
+
+def test_every_source_of_an_abstract_file_reaches_a_profile() -> None:
+    used = {source.id for profile_id in IDS for source in profiles.load(profile_id).source}
+    defined = {source["id"] for table in TABLES.values() for source in table.get("source", [])}
+    assert defined == used
