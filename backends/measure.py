@@ -103,21 +103,24 @@ def compare(
     again. `seed` orders the blocks; `progress` is called with the blocks done and the blocks in all; `clock` returns
     nanoseconds. Raises ValueError for no candidate, two of one label, or no time.
     """
-    _check(candidates, seconds, rounds)
+    _check(candidates, seconds=seconds, rounds=rounds)
     with pinned(max(candidate.threads for candidate in candidates)) as cores:
         environment = Environment.read(cores)
-        warm = [_warm_up(candidate, seconds, clock) for candidate in candidates]
+        warm = [_warm_up(candidate, cap_s=seconds, clock=clock) for candidate in candidates]
         rounds = rounds or _rounds(seconds, max(each.run_s for each in warm))
         counts = [max(1, round(seconds / rounds / each.run_s)) for each in warm]
         taken: list[list[list[int]]] = [[] for _ in candidates]  # ns, per candidate and round
-        for done, index in enumerate(_order(len(candidates), rounds, seed), start=1):
-            taken[index].append(_block(candidates[index].run, counts[index], clock))
+        for done, index in enumerate(_order(len(candidates), rounds, seed=seed), start=1):
+            taken[index].append(_block(candidates[index].run, counts[index], clock=clock))
             if progress:
                 progress(done, rounds * len(candidates))
-    return [_measurement(*each, environment) for each in zip(candidates, taken, warm, strict=True)]
+    return [
+        _measurement(candidate, blocks, warmup_runs=each.runs, environment=environment)
+        for candidate, blocks, each in zip(candidates, taken, warm, strict=True)
+    ]
 
 
-def _check(candidates: Sequence[Candidate], seconds: float, rounds: int | None) -> None:
+def _check(candidates: Sequence[Candidate], *, seconds: float, rounds: int | None) -> None:
     labels = [candidate.label for candidate in candidates]
     if not labels:
         raise ValueError("nothing to compare: give at least one candidate")
@@ -127,7 +130,7 @@ def _check(candidates: Sequence[Candidate], seconds: float, rounds: int | None) 
         raise ValueError(f"seconds and rounds must be positive, got {seconds} and {rounds}")
 
 
-def _warm_up(candidate: Candidate, cap_s: float, clock: Clock) -> _Warm:
+def _warm_up(candidate: Candidate, *, cap_s: float, clock: Clock) -> _Warm:
     """Run until the median run time is stable; the first run, which allocates and compiles, counts for nothing."""
     candidate.run()
     window = _window(candidate.run, clock)
@@ -154,13 +157,13 @@ def _rounds(seconds: float, slowest_s: float) -> int:
     return max(MIN_ROUNDS, round(seconds / max(BLOCK_S, slowest_s)))
 
 
-def _order(candidates: int, rounds: int, seed: int) -> Iterator[int]:
+def _order(candidates: int, rounds: int, *, seed: int) -> Iterator[int]:
     generator = np.random.default_rng(seed)
     for _ in range(rounds):
         yield from generator.permutation(candidates).tolist()
 
 
-def _block(run: Callable[[], object], count: int, clock: Clock) -> list[int]:
+def _block(run: Callable[[], object], count: int, *, clock: Clock) -> list[int]:
     """Time `count` runs; the first of a longer block refills the caches that other candidates used, untimed."""
     if count > 1:
         run()
@@ -185,7 +188,9 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def _measurement(candidate: Candidate, taken: list[list[int]], warm: _Warm, environment: Environment) -> Measurement:
+def _measurement(
+    candidate: Candidate, taken: list[list[int]], *, warmup_runs: int, environment: Environment
+) -> Measurement:
     medians_s = [max(float(np.median(block)), 1.0) * 1e-9 for block in taken]
     samples_s = np.maximum(np.concatenate(taken).astype(np.float64), 1.0) * 1e-9
     return Measurement(
@@ -196,7 +201,7 @@ def _measurement(candidate: Candidate, taken: list[list[int]], warm: _Warm, envi
         threads=candidate.threads,
         runs=len(samples_s),
         rounds=len(taken),
-        warmup_runs=warm.runs,
+        warmup_runs=warmup_runs,
         latency_s=Latency.of(samples_s, medians_s),
         round_medians_s=tuple(medians_s),
         samples_s=_spread(samples_s),

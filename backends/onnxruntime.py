@@ -68,10 +68,10 @@ def _opened(content: bytes, *, specs: tuple[TensorSpec, ...], threads: int) -> S
         opened = runtime.InferenceSession(content, options, providers=_PROVIDERS)
     except Exception as error:  # its exceptions share no base class but this one
         raise BuildError(f"{NAME} {version()} refuses the model: {error}") from error
-    return Session(specs, threads, partial(_bound, opened, specs))
+    return Session(specs, threads, partial(_bound, opened, specs=specs))
 
 
-def _bound(opened: Any, specs: tuple[TensorSpec, ...], arrays: tuple[Array, ...]) -> Bound:
+def _bound(opened: Any, arrays: tuple[Array, ...], *, specs: tuple[TensorSpec, ...]) -> Bound:
     binding = opened.io_binding()
     read = {value.name for value in opened.get_inputs()}  # an export drops inputs that the model ignores
     for spec, array in zip(specs, arrays, strict=True):

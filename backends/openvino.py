@@ -77,10 +77,10 @@ def _opened(content: bytes, *, specs: tuple[TensorSpec, ...], threads: int) -> S
         opened = core.compile_model(core.read_model(content), "CPU", settings)
     except Exception as error:  # a foreign library: whatever it raises, it refused the model
         raise BuildError(f"{NAME} {version()} refuses the model: {error}") from error
-    return Session(specs, threads, partial(_bound, opened, specs))
+    return Session(specs, threads, partial(_bound, opened, specs=specs))
 
 
-def _bound(opened: Any, specs: tuple[TensorSpec, ...], arrays: tuple[Array, ...]) -> Bound:
+def _bound(opened: Any, arrays: tuple[Array, ...], *, specs: tuple[TensorSpec, ...]) -> Bound:
     tensor = _imported().Tensor
     request = opened.create_infer_request()
     read = {name for port in opened.inputs for name in port.names}

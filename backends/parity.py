@@ -28,7 +28,7 @@ def check_parity(runtime: str, session: Session, *, model: torch.nn.Module, inpu
         drawn = tuple(_like(example, generator) for example in inputs)
         with evaluating(model), torch.inference_mode():
             expected = flattened(model(*drawn))
-        absolute, relative = _errors(runtime, session(drawn), expected)
+        absolute, relative = _errors(session(drawn), expected, runtime=runtime)
         worst_abs, worst_rel = max(worst_abs, absolute), max(worst_rel, relative)
     if worst_rel > RELATIVE_TOLERANCE:
         raise BuildError(
@@ -47,7 +47,7 @@ def _like(example: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return drawn.to(dtype=example.dtype, device=example.device)
 
 
-def _errors(runtime: str, found: Sequence[Array], expected: Sequence[Array]) -> tuple[float, float]:
+def _errors(found: Sequence[Array], expected: Sequence[Array], *, runtime: str) -> tuple[float, float]:
     shapes = [array.shape for array in found], [array.shape for array in expected]
     if shapes[0] != shapes[1]:
         raise BuildError(f"{runtime} returns outputs of shapes {shapes[0]}, PyTorch {shapes[1]}; the file is discarded")

@@ -87,10 +87,10 @@ def _opened(content: bytes, *, model: torch.nn.Module, specs: tuple[TensorSpec, 
         module.load_state_dict(safetensors.torch.load(content), strict=True)
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise BuildError(f"the weights do not fit the module: {error}; pass the module that was built") from error
-    return Session(specs, threads, partial(_bound, module, threads))
+    return Session(specs, threads, partial(_bound, module, threads=threads))
 
 
-def _bound(module: torch.nn.Module, threads: int, arrays: tuple[Array, ...]) -> Bound:
+def _bound(module: torch.nn.Module, arrays: tuple[Array, ...], *, threads: int) -> Bound:
     tensors = tuple(map(torch.from_numpy, arrays))
     latest: list[object] = [()]
 

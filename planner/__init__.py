@@ -9,7 +9,7 @@ from planner.prox import Proximal, attach, harden_
 from planner.search import plan, with_global_budget
 from planner.spec import Plan
 from planner.structures import Depth, Filter, Structure
-from planner.train import Moment, Recipe, accuracy, fit, recalibrate_
+from planner.train import Moment, Recipe, accuracy, fit, history, recalibrate_
 
 __all__ = [
     "Depth",
@@ -29,6 +29,7 @@ __all__ = [
     "fit",
     "group",
     "harden_",
+    "history",
     "magnitude",
     "measured",
     "plan",

@@ -7,10 +7,9 @@ w_1..w_m with norms x_j = |w_j|, weights a_j > 0, costs d_j > 0 and a budget k, 
     GS(w) = min over u of  1/2 sum a_j x_j^2 / u_j   subject to  0 <= u_j <= 1,  sum d_j u_j <= k      (0/0 = 0)
 
 is the convex envelope of "1/2 sum a_j x_j^2, if the groups that are not zero cost at most k". The paper has d_j = 1 and
-an integer k. Derived beyond it: general costs, where GS is the LP relaxation (its u_j may be fractional, also for
-d_j > k); the prox for them; and the de-biased form and its prox,
-
-    D(w) = GS(w) - 1/2 sum a_j x_j^2 >= 0,   which is 0 if and only if the groups that are not zero cost at most k.
+an integer k. Derived beyond it: general costs, where GS is the LP relaxation (u_j may be fractional, also for d_j > k),
+with their prox; and the de-biased form D(w) = GS(w) - 1/2 sum a_j x_j^2 >= 0 with its prox. D(w) = 0 if and only if
+the groups that are not zero cost at most k.
 
 One root search serves all of them. With c_j = x_j sqrt(a_j / d_j), the multiplier eta >= 0 of the budget solves
 
@@ -23,14 +22,13 @@ One root search serves all of them. With c_j = x_j sqrt(a_j / d_j), the multipli
                      x_j / (1 - r_j) in place of x_j
 
 and u = 1 where the groups that are not zero cost at most k. h is non-decreasing and piecewise linear. Newton's method
-solves a piece exactly; when its step leaves the bracket, or the last one did not halve |h|, the bracket is halved
-instead, on the logarithmic scale. So every second evaluation halves |h| or the bracket.
+solves a piece exactly; where its step leaves the bracket, or the last one did not halve |h|, the logarithm of the
+bracket is halved instead.
 
-Many pools, each with its own budget, are solved together. The arithmetic is in float64 whatever the dtype of the norms,
-and relative to the largest norm of each pool, so neither 1e30 nor 1e-40 overflows or vanishes in float32. The groups
-are passed over in chunks: beside the result, a call with one pool holds one float64 vector (m,). Off the CPU nothing is
-read back to the host: the number of evaluations is fixed and the shapes depend on the shapes of the input alone. A
-device without float64 (Apple's MPS) is not served; its norms can be moved to the CPU.
+Many pools, each with its own budget, are solved together, in float64 and relative to the largest norm of the pool, so
+that neither 1e30 nor 1e-40 is lost in float32. The groups are passed over in chunks: beside the result, a call with one
+pool holds one float64 vector (m,). Off the CPU nothing is read back to the host: the evaluations are fixed in number. A
+device without float64 (Apple's MPS) is not served.
 """
 
 from collections.abc import Iterator
@@ -88,7 +86,7 @@ def scale(norms: Tensor, step: Tensor | float, a: Tensor | float, d: Tensor | fl
     factors = torch.empty_like(problem.norms)
     for part in problem.parts():
         ridge = part.ridge()
-        u = torch.maximum(root.usage(part), (part.cut(problem.step) == 0).double())
+        u = torch.maximum(root.usage(part), (ridge == 0).double())
         factors[part.span] = u / (torch.addcmul(u, ridge, 1 - u) if debiased else u + ridge)
     if factors.is_cpu or factors.numel() == 0:
         return factors
@@ -108,11 +106,15 @@ class _Problem:
     noise: Tensor  # (p,) the relative rounding error to expect of a sum over the pool
     debiased: bool = False
 
+    @property
+    def chunk(self) -> int:
+        """Return how many groups are worked on at a time, at least 1."""
+        return max(1, min(_CHUNK_CPU if self.norms.is_cpu else _CHUNK_DEVICE, self.norms.numel()))
+
     def parts(self) -> Iterator["_Part"]:
         """Yield the groups in chunks, so that what is computed on the way stays small."""
-        length = _CHUNK_CPU if self.norms.is_cpu else _CHUNK_DEVICE
-        for start in range(0, self.norms.numel(), length):
-            yield _Part(self, slice(start, min(start + length, self.norms.numel())))
+        for start in range(0, self.norms.numel(), self.chunk):
+            yield _Part(self, slice(start, min(start + self.chunk, self.norms.numel())))
 
     def per_pool(self, fill: float = 0.0) -> Tensor:
         """Return a new (p,) float64 tensor."""
@@ -166,7 +168,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Root:
-    """The multiplier of each pool, for norms relative to the largest of the pool."""
+    """The multipliers, for norms relative to the largest of their pool."""
 
     reach: Tensor  # (m,) c_j
     largest: Tensor  # (p,)
@@ -180,28 +182,17 @@ class _Root:
         return torch.maximum(u, part.spread(self.slack).double(), out=u)
 
 
-@dataclass(frozen=True)
-class _Bracket:
-    """Where the root of each pool can lie, and where Newton's method starts; all (p,)."""
-
-    low: Tensor
-    high: Tensor
-    start: Tensor
-
-
 def _root(problem: _Problem) -> _Root:
     """Find the multipliers."""
     largest = problem.per_pool()
     for part in problem.parts():
         part.reduce_(largest, part.cut(problem.norms), "amax")
-    largest = torch.where(largest > 0, largest, 1.0)
+    return _search(problem, *_bracket(problem, torch.where(largest > 0, largest, 1.0)))
+
+
+def _bracket(problem: _Problem, largest: Tensor) -> tuple[_Root, Tensor, Tensor]:
+    """Return where Newton's method starts, and below and above which the multipliers do not lie: (p,), (p,)."""
     reach = torch.empty_like(problem.norms, dtype=torch.float64)
-    bracket, slack = _bracket(problem, largest, reach)
-    return _Root(reach, largest, _search(problem, reach, bracket, slack), slack)
-
-
-def _bracket(problem: _Problem, largest: Tensor, reach: Tensor) -> tuple[_Bracket, Tensor]:
-    """Fill `reach` with c_j; return the bracket, and which pools are within their budget."""
     cost, area, shift = problem.per_pool(), problem.per_pool(), problem.per_pool()
     first, last = problem.per_pool(), problem.per_pool(torch.inf)
     for part in problem.parts():
@@ -220,17 +211,17 @@ def _bracket(problem: _Problem, largest: Tensor, reach: Tensor) -> tuple[_Bracke
     low = torch.maximum(k / area, 1 / first)  # u_j <= eta c_j gives the former, and below the latter all u_j are 0
     high = (1 / last).clamp(max=_HUGE)
     start = ((k + shift) / area).clamp(low, high)  # the root, were every u_j strictly between 0 and 1
-    return _Bracket(low, high, start), cost <= k * (1 + problem.noise)
+    return _Root(reach, largest, start, slack=cost <= k * (1 + problem.noise)), low, high
 
 
-def _search(problem: _Problem, reach: Tensor, bracket: _Bracket, slack: Tensor) -> Tensor:
-    """Return the root eta of each pool: (p,)."""
-    k, low, high = problem.budget, bracket.low, bracket.high
-    done = slack | (k <= 0)
-    eta = torch.where(done, 0.0, bracket.start)
+def _search(problem: _Problem, start: _Root, low: Tensor, high: Tensor) -> _Root:
+    """Find the multipliers between `low` and `high`."""
+    k = problem.budget
+    done = start.slack | (k <= 0)
+    eta = torch.where(done, 0.0, start.eta)
     halved, before = torch.zeros_like(done), problem.per_pool(torch.inf)
     for _ in range(_EVALUATIONS):
-        spent, rate = _spend(problem, reach, eta)
+        spent, rate = _spend(problem, start.reach, eta)
         excess = spent - k
         newton = eta - excess / rate
         low = torch.where(excess < 0, torch.maximum(low, eta), low)
@@ -244,7 +235,7 @@ def _search(problem: _Problem, reach: Tensor, bracket: _Bracket, slack: Tensor) 
         done |= near
         if done.is_cpu and bool(done.all()):
             break
-    return eta
+    return replace(start, eta=eta)
 
 
 def _settled(problem: _Problem, root: _Root) -> _Root:
@@ -267,8 +258,7 @@ def _settled(problem: _Problem, root: _Root) -> _Root:
 def _spend(problem: _Problem, reach: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
     """Return sum d_j u_j and its derivative in eta, for each pool: (p,), (p,)."""
     spent, rate = problem.per_pool(), problem.per_pool()
-    length = min(_CHUNK_CPU if reach.is_cpu else _CHUNK_DEVICE, reach.numel())
-    buffers = reach.new_empty(2, length)
+    buffers = reach.new_empty(2, problem.chunk)
     for part in problem.parts():
         c, d = reach[part.span], part.cut(problem.d)
         line, u = buffers[:, : c.numel()]
@@ -297,13 +287,12 @@ class _Value(torch.autograd.Function):
         for part in problem.parts():
             x, c, level = part.cut(norms), part.cut(root.reach), part.spread(floor)
             slope = (level - c).clamp_(min=0) if debiased else torch.maximum(level, c)
-            slope *= part.spread(root.largest) * torch.sqrt(part.cut(problem.a) * part.cut(problem.d))
+            slope.mul_(torch.sqrt(part.cut(problem.a) * part.cut(problem.d))).mul_(part.spread(root.largest))
             slope.masked_fill_(x == 0, 0.0)
             total += torch.dot(x, slope) / 2
             if gradient is not None:
                 gradient[part.span] = slope
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient)
         return total.to(norms.dtype)
 
     @staticmethod
@@ -344,19 +333,17 @@ def _per_group(name: str, given: Tensor | float, norms: Tensor) -> Tensor:
 def _budget(norms: Tensor, k: Tensor | float, pool: Tensor | None) -> Tensor:
     """Return the budget of each pool: (p,) float64."""
     _check("k", k, "a budget is never negative", finite=False)
-    given = torch.as_tensor(k, dtype=torch.float64, device=norms.device).detach() if isinstance(k, Tensor) else None
+    given = k.detach().to(norms.device, torch.float64) if isinstance(k, Tensor) else _per_group("k", k, norms)[0]
     if pool is None:
         pools = 1
-    elif given is not None and given.dim() == 1:
+    elif given.dim() > 0:
         pools = given.numel()
     else:  # off the CPU the ids cannot be read: there are at most as many pools as groups
         pools = int(pool.max()) + 1 if pool.is_cpu and pool.numel() > 0 else norms.numel()
+    if given.dim() > 1 or given.numel() not in (1, pools):
+        raise ValueError(f"k has shape {tuple(given.shape)} for {pools} pools; give one budget per pool, or one")
     if pool is not None:
         _check_pool(norms, pool, pools)
-    if given is None:
-        return torch.full((pools,), float(k), dtype=torch.float64, device=norms.device)
-    if given.numel() not in (1, pools) or given.dim() > 1:
-        raise ValueError(f"k has shape {tuple(given.shape)} for {pools} pools; give one budget per pool, or one")
     return given.reshape(-1).expand(pools).contiguous()
 
 
@@ -369,6 +356,7 @@ def _noise(budget: Tensor, pool: Tensor | None) -> Tensor:
 
 
 def _check_pool(norms: Tensor, pool: Tensor, pools: int) -> None:
+    """Raise ValueError if a group has no pool, or (on the CPU) one out of range."""
     if pool.shape != norms.shape or pool.is_floating_point():
         raise ValueError(f"pool is {pool.dtype} of shape {tuple(pool.shape)}; give one integer per group")
     if pool.is_cpu and pool.numel() > 0:
@@ -392,9 +380,10 @@ def _check(name: str, given: Tensor | float, remedy: str, *, above: float = -1.0
 
 def _check_single_valued(step: Tensor | float, a: Tensor | float) -> None:
     """Raise ValueError if step · a reaches 1, where the de-biased prox stops being single-valued."""
-    if any(isinstance(given, Tensor) and not given.is_cpu for given in (step, a)):
+    steps, weights = (given.reshape(-1) if isinstance(given, Tensor) else torch.tensor([given], dtype=torch.float64)
+                      for given in (step, a))
+    if not (steps.is_cpu and weights.is_cpu):
         return
-    steps, weights = (torch.as_tensor(given, dtype=torch.float64).reshape(-1) for given in (step, a))
     product = steps * weights
     if product.numel() > 0 and float(product.max()) >= 1:
         worst = int(product.argmax())

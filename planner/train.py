@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,7 @@ from profiles import atomic
 from profiles.errors import PlanError
 
 log = logging.getLogger(__name__)
+Phase = Literal["dense", "sparse", "finetune"]
 
 
 class Batches(Protocol):
@@ -68,7 +69,7 @@ class Moment:
     loss: float
     nonzero_groups: int
     budget_groups: int
-    phase: str  # "dense" without a plan; "sparse" while groups shrink; "finetune" on a fixed support
+    phase: Phase  # "dense" without a plan; "sparse" while groups shrink; "finetune" on a fixed support
 
 
 @dataclass
@@ -142,7 +143,7 @@ def _moment(run: _Run, step: int, per_epoch: int, loss: float) -> Moment:
     proximal = run.proximal
     if proximal is None:
         return Moment(step, run.steps, step / per_epoch, loss, 0, 0, "dense")
-    phase = "finetune" if proximal.frozen else "sparse"
+    phase: Phase = "finetune" if proximal.frozen else "sparse"
     return Moment(step, run.steps, step / per_epoch, loss, proximal.nonzero(), proximal.budget_groups, phase)
 
 
@@ -165,13 +166,24 @@ def _save(run: _Run, path: Path, identity: str) -> None:
         save_file(tensors, temporary, about)
 
 
-def _restore(run: _Run, path: Path, identity: str) -> None:
+def history(checkpoint: Path) -> list[Moment]:
+    """Return the history kept in a checkpoint, empty if there is none."""
+    if not checkpoint.exists():
+        return []
+    return [Moment(**moment) for moment in json.loads(_read(checkpoint)[0]["history"])]
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
+            return file.metadata(), tensors
     except Exception as error:
         raise PlanError(f"{path} is not a whole checkpoint ({error}); remove it to train from the start") from error
+
+
+def _restore(run: _Run, path: Path, identity: str) -> None:
+    about, tensors = _read(path)
     if about.get("identity") != identity:
         raise PlanError(f"{path} belongs to another training (recipe or plan differ); remove it to start")
     run.model.load_state_dict(_part(tensors, "model."))

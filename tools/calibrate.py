@@ -1,8 +1,8 @@
-"""Calibration: measure, in the profile's runtime, whole networks that a model can become, and fit the latency table to them.
+"""Calibration: measure, in the profile's runtime, networks that a model can become, and fit the latency table to them.
 
-Every probe is the model itself with some widths narrowed and some blocks gone, so an entry is what an operation adds inside
-a network, with the fusions and layout changes that it meets there. Probes are timed in turns, a few at a time, each time with
-the dense network, whose drift is divided out.
+Every probe is the model itself with some widths narrowed and some blocks gone, so an entry is what an operation adds
+inside a network, with the fusions and layout changes that it meets there. Probes are timed in turns, a few at a time,
+each time with the dense network, whose drift is divided out.
 """
 
 import hashlib

@@ -1,0 +1,370 @@
+"""The `espalier` command: files in, files out; results on stdout, progress on stderr.
+
+Exit 0: done. 1: the answer is no (a budget missed, a parity failure). 2: wrong use. 130: interrupted.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+import planner
+import profiles
+from planner import LatencyTable, Plan, Recipe
+from profiles.errors import BuildError, EspalierError
+
+app = typer.Typer(
+    name="espalier", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+profiles_app = typer.Typer(help="List and show device profiles.", no_args_is_help=True)
+app.add_typer(profiles_app, name="profiles")
+out_console, console = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Option("--model", help="package.module:factory of the model")]
+DataFactory = Annotated[str, typer.Option("--data", help="package.module:factory of (train, test)")]
+MaybeData = Annotated[str | None, typer.Option("--data", help="package.module:factory of (train, test)")]
+ProfileId = Annotated[str | None, typer.Option("--profile", help="profile id [default: the best for this machine]")]
+Inputs = Annotated[str | None, typer.Option("--inputs", help="input shape, e.g. 1x3x32x32 [default: from --data]")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="safetensors file of the model's weights")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="do not reuse earlier results")]
+Epochs = Annotated[int, typer.Option("--epochs", min=1, help="epochs of training with the plan")]
+Rate = Annotated[float, typer.Option("--lr", min=0.0, help="learning rate")]
+Latency = Annotated[str, typer.Option("--latency", help="0.5 (of dense), '50 %' or '3 ms'")]
+
+
+def main() -> None:
+    """Run the command line; the user's mistakes end in one message and no traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    try:
+        app(standalone_mode=True)
+    except EspalierError as error:
+        console.print(f"[bold red]espalier:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        sys.exit(1 if isinstance(error, BuildError) else 2)
+    except KeyboardInterrupt:
+        console.print("espalier: interrupted; the same command continues where this one was", highlight=False)
+        sys.exit(130)
+
+
+def _plain(error: Exception) -> str:
+    return str(error).replace("[", r"\[")
+
+
+def _print(as_json: bool, content: Any, table: Table | str | None = None) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(content, indent=1, default=str) + "\n")
+    elif table is not None:
+        out_console.print(table, highlight=False)
+
+
+@profiles_app.command("list")
+def profiles_list(as_json: AsJson = False) -> None:
+    """List all profiles."""
+    found = [profiles.load(name) for name in profiles.names()]
+    table = Table("profile", "device", "runtime", "dtype", "filters in steps of", box=None)
+    rows = []
+    for p in found:
+        step = max(p.quantum("conv2d", "out_channels"), p.quantum("linear", "out_channels"))
+        table.add_row(p.id, f"{p.device.vendor} {p.device.arch}", p.runtime.name, p.dtype.weights, str(step))
+        rows.append({"id": p.id, "runtime": p.runtime.name, "dtype": p.dtype.weights, "quantum": step})
+    _print(as_json, rows, table)
+
+
+@profiles_app.command("show")
+def profiles_show(name: str, as_json: AsJson = False) -> None:
+    """Show one profile with its sources."""
+    profile = profiles.load(name)
+    if as_json:
+        _print(True, profile.model_dump(mode="json", by_alias=True))
+        return
+    sources = {source.id: source for source in profile.source}
+    table = Table("operation", "axis", "step", "how", "confidence", "source", title=profile.id, box=None)
+    for rule in profile.granularity:
+        cited = "; ".join(str(sources[s].url or f"{sources[s].repo} {sources[s].path}") for s in rule.sources)
+        table.add_row(rule.op, rule.axis, str(rule.quantum), rule.mode, rule.confidence, cited)
+    pays = Table("structure", "pays", "only if", "confidence", box=None)
+    for structure in profile.structure:
+        words = f"{structure.kind} {structure.pattern or ''}".strip()
+        pays.add_row(words, structure.pays, "; ".join(structure.requires), structure.confidence)
+    out_console.print(table, pays, highlight=False)
+
+
+@app.command()
+def detect(
+    why_not: Annotated[
+        str | None, typer.Option("--why-not", metavar="ID", help="explain why a profile does not fit")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which profiles fit this machine, best first."""
+    if why_not is not None:
+        _print(as_json, {"profile": why_not, "why_not": profiles.why_not(why_not)}, profiles.why_not(why_not))
+        return
+    found = profiles.detect()
+    table = Table("profile", "why", box=None)
+    for profile in found:
+        table.add_row(profile.id, profiles.why(profile))
+    _print(as_json, [{"id": p.id, "why": profiles.why(p)} for p in found], table)
+    if not found:
+        raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="where to write the table")] = Path("table.json"),
+    profile: ProfileId = None,
+    inputs: Inputs = None,
+    data: MaybeData = None,
+    threads: Annotated[int, typer.Option(min=1, help="threads of the runtime")] = 1,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the latency table of what a model can become."""
+    from tools import calibrate as calibration
+    from tools.console import Stage
+    from tools.pipeline import chosen, one_thread
+    from tools.sources import example_inputs, load_data, load_model
+
+    example = example_inputs(inputs, load_data(data).test if data else None)
+    bench = calibration.bench(load_model(model), example, chosen(profile), threads=threads)
+    with Stage(console).phase("measure latency table") as phase, one_thread():
+        table = calibration.calibrate(bench, progress=phase.step, fresh=fresh)
+    table.save(out)
+    words = (
+        f"{len(table.probes)} networks, {len(table.entries)} entries, error on unseen networks {table.mean_error:.1%}"
+    )
+    _print(as_json, {"out": out, "mean_error": table.mean_error, "entries": len(table.entries)}, f"{out}: {words}")
+
+
+@app.command()
+def groups(
+    model: Model,
+    inputs: Inputs = None,
+    data: MaybeData = None,
+    why: Annotated[
+        str | None, typer.Option("--why", metavar="NAME", help="what is tied, or why it cannot be cut")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the widths and blocks of a model, and what cannot be cut."""
+    from tools.explain import explained, listed
+    from tools.sources import example_inputs, load_data, load_model
+
+    graph = planner.trace(load_model(model), example_inputs(inputs, load_data(data).test if data else None))
+    if why is not None:
+        _print(as_json, explained(graph, why), "\n".join(explained(graph, why)["told"]))
+        return
+    rows = listed(graph)
+    table = Table("name", "kind", "channels", "tied to", "cannot be cut because", box=None)
+    for row in rows:
+        table.add_row(row["name"], row["kind"], str(row["size"]), ", ".join(row["tied"]), row["frozen"] or "")
+    _print(as_json, rows, table)
+
+
+@app.command()
+def plan(
+    model: Model,
+    latency: Latency = "0.5",
+    out: Annotated[Path, typer.Option("--out", help="where to write the plan")] = Path("plan.json"),
+    table: Annotated[Path | None, typer.Option("--table", help="latency table from calibrate")] = None,
+    profile: ProfileId = None,
+    inputs: Inputs = None,
+    data: MaybeData = None,
+    weights: Weights = None,
+    global_budget: Annotated[
+        bool, typer.Option("--global-budget", help="one budget in seconds over all widths")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose widths and blocks for a latency budget; with --data, by the loss that each cut costs."""
+    from tools.console import Stage
+    from tools.explain import plan_table
+    from tools.pipeline import chosen, sensitivity
+    from tools.sources import example_inputs, load_data, load_model
+
+    net, source = load_model(model, weights), load_data(data) if data else None
+    example = example_inputs(inputs, source.test if source else None)
+    device, costs = chosen(profile), LatencyTable.load(table) if table else None
+    importance = sensitivity(net, example, device, costs, source.train, Stage(console)) if source else None
+    made = planner.plan(net, example, device, latency=latency, table=costs, importance=importance)
+    if global_budget:
+        made = planner.with_global_budget(made, net)
+    made.save(out)
+    _print(as_json, made.model_dump(mode="json"), plan_table(made))
+
+
+@app.command()
+def train(
+    model: Model,
+    data: DataFactory,
+    plan: Annotated[Path, typer.Option("--plan", help="the plan")] = Path("plan.json"),
+    epochs: Epochs = 10,
+    lr: Rate = 0.02,
+    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="autocast to bfloat16")] = False,
+    weights: Weights = None,
+    out: Annotated[Path, typer.Option("--out", help="where to write the weights")] = Path("sparse.safetensors"),
+    as_json: AsJson = False,
+) -> None:
+    """Train with WGSEF until exactly the planned groups are zero; started again, it continues."""
+    from backends.weights import save
+    from tools.console import Stage
+    from tools.sources import load_data, load_model
+
+    net, spec, source = load_model(model, weights), Plan.load(plan), load_data(data)
+    checkpoint = out.with_suffix(".training.safetensors")
+    with Stage(console).phase("train with WGSEF") as phase:
+        recipe = Recipe(epochs, lr=lr, bfloat16=bfloat16)
+        history = planner.fit(
+            net,
+            source.train,
+            recipe,
+            plan=spec,
+            checkpoint=checkpoint,
+            watch=lambda m: phase.step(f"loss {m.loss:.3f}, {m.nonzero_groups} groups", m.step, m.steps),
+        )
+    save(net, out)
+    accuracy, last = planner.accuracy(net, source.test), history[-1]
+    content = {"out": out, "accuracy": accuracy, "groups": last.nonzero_groups, "budget": last.budget_groups}
+    words = f"{out}: accuracy {accuracy:.2%}, {last.nonzero_groups} of {last.budget_groups} groups not zero"
+    _print(as_json, content, words)
+
+
+@app.command()
+def rebuild(
+    model: Model,
+    weights: Annotated[Path, typer.Option("--weights", help="weights with exact zeros, from train")],
+    plan: Annotated[Path, typer.Option("--plan", help="the plan")] = Path("plan.json"),
+    out: Annotated[Path, typer.Option("--out", help="where to write the smaller weights")] = Path("small.safetensors"),
+    as_json: AsJson = False,
+) -> None:
+    """Cut the zeros out; refuses unless the smaller model computes the same."""
+    from backends.rebuild import rebuild as cut_out
+    from backends.weights import save
+    from tools.sources import load_model
+
+    net = load_model(model, weights)
+    small = cut_out(Plan.load(plan), net)
+    save(small, out)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (net, small))
+    _print(as_json, {"out": out, "params": after, "dense_params": before}, f"{out}: {after:,} of {before:,} parameters")
+
+
+@app.command(name="compile")
+def compile_(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="the compiled file")],
+    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime, openvino or pytorch")] = "onnxruntime",
+    plan: Annotated[Path | None, typer.Option("--plan", help="the plan that --weights were rebuilt with")] = None,
+    weights: Weights = None,
+    inputs: Inputs = None,
+    data: MaybeData = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a rebuilt (or, without --plan, a dense) model, checked against PyTorch."""
+    from tools.stages import compiled
+
+    artifact = compiled(model, out, runtime, plan=plan, weights=weights, inputs=inputs, data=data)
+    words = f"{out}: {artifact.size_bytes:,} bytes, largest difference to PyTorch {artifact.parity.max_rel:.1e}"
+    _print(as_json, artifact.model_dump(mode="json"), words)
+
+
+@app.command()
+def measure(
+    artifacts: Annotated[list[Path], typer.Argument(help="artifact records (FILE.json, written by compile)")],
+    model: Annotated[str | None, typer.Option("--model", help="the dense model, for pytorch artifacts")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="the plan of pytorch artifacts")] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="measuring time per artifact")] = 2.0,
+    out: Annotated[Path | None, typer.Option("--out", help="write raw measurements here")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure artifacts in turns; ratios are to the first one."""
+    from tools.console import Stage
+    from tools.stages import measured, measurement_table
+
+    with Stage(console).phase("measure in turns") as phase:
+        found = measured(artifacts, model=model, plan=plan, seconds=seconds, progress=phase.show)
+    content = [m.model_dump(mode="json") for m in found]
+    if out is not None:
+        profiles.atomic.write_text(out, json.dumps(content, indent=1) + "\n")
+    _print(as_json, content, measurement_table(found))
+
+
+@app.command()
+def report(
+    measurements: Annotated[Path, typer.Argument(help="measurements.json of a run")] = Path("measurements.json"),
+    out: Annotated[Path | None, typer.Option("--out", help="the page [default: report.html beside it]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of a run again, and print its table."""
+    from tools import report as reporting
+    from tools.outcome import Outcome
+
+    outcome = Outcome.load(measurements)
+    latencies = measurements.parent / "table.json"
+    page = out or measurements.parent / "report.html"
+    table = LatencyTable.load(latencies) if latencies.exists() else None
+    profiles.atomic.write_text(page, reporting.render(outcome, table=table))
+    _print(as_json, outcome.model_dump(mode="json"), reporting.table(outcome))
+
+
+@app.command()
+def run(
+    model: Model,
+    data: DataFactory,
+    out: Annotated[Path, typer.Option("--out", help="folder of the results")],
+    latency: Latency = "0.5",
+    profile: ProfileId = None,
+    epochs: Epochs = 10,
+    lr: Rate = 0.02,
+    dense_epochs: Annotated[int, typer.Option(min=0, help="train the dense model first")] = 0,
+    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="autocast training to bfloat16")] = False,
+    weights: Weights = None,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> None:
+    """Do the whole chain; started again with the same arguments, it continues."""
+    from tools.pipeline import Job
+
+    recipe = Recipe(epochs, lr=lr, bfloat16=bfloat16)
+    dense = Recipe(dense_epochs, bfloat16=bfloat16) if dense_epochs else None
+    _execute(Job(model, data, profile, latency, recipe, out, weights, dense), fresh, as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="folder of the results")] = Path("espalier-demo"),
+    profile: ProfileId = None,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a residual CNN on handwritten digits to half its latency on this machine."""
+    from tools.pipeline import Job
+
+    model, data = "tools.examples.digits:resnet", "tools.examples.digits:data"
+    job = Job(model, data, profile, "0.5", Recipe(8, lr=0.02), out, dense=Recipe(6))
+    _execute(job, fresh, as_json)
+
+
+def _execute(job: Any, fresh: bool, as_json: bool) -> None:
+    from tools import report as reporting
+    from tools.console import Stage
+    from tools.pipeline import clear, execute
+
+    if fresh and job.out.exists():
+        clear(job.out)
+    outcome = execute(job, Stage(console))
+    _print(as_json, outcome.model_dump(mode="json"), reporting.table(outcome))
+    if not as_json:
+        for verdict in outcome.verdicts:
+            mark = "[green]yes[/]" if verdict.ok else "[bold red]NO[/]"
+            out_console.print(f"{mark}  {verdict.what}: {verdict.detail}", highlight=False)
+        out_console.print(f"report: {job.out / 'report.html'}", highlight=False, soft_wrap=True)
+    if not all(verdict.ok for verdict in outcome.verdicts):
+        raise typer.Exit(1)

@@ -1,0 +1,368 @@
+"""The whole chain on one model, step by step, each step's result in a file that a second run reuses."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import planner
+import profiles
+from backends.equivalence import equivalence
+from backends.rebuild import rebuild
+from backends.weights import save
+from planner import LatencyTable, Moment, Plan, Recipe
+from planner.importance import Importance
+from planner.latency import Rules
+from planner.search import candidates, useful
+from planner.train import Batches
+from profiles import Profile, atomic
+from profiles.errors import EspalierError, ProfileError
+from tools import report
+from tools.batches import Data
+from tools.calibrate import Bench, bench, calibrate, refined
+from tools.console import Stage
+from tools.contenders import Contender, built, narrowed, rows, runtimes, timed, uniform
+from tools.outcome import Accuracy, Interval, Outcome, Step, Verdict, WidthRow
+from tools.sources import example_inputs, load_data, load_model
+
+SENSITIVITY_IMAGES = 384
+ALLOWED_DROP = 0.01
+OVER_BUDGET = 1.10  # measured / planned latency that still counts as the budget met
+CLOSE = 0.02  # a plan whose network is predicted within this needs no further refinement
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `espalier run` is asked to do."""
+
+    model: str
+    data: str
+    profile: str | None
+    latency: str
+    recipe: Recipe
+    out: Path
+    weights: Path | None = None
+    dense: Recipe | None = None  # train the dense model first
+    seconds: float = 1.0  # of measurement per model and runtime
+
+    @property
+    def identity(self) -> str:
+        """A digest of everything that decides the result."""
+        content = {**asdict(self), "out": None, "weights": self.weights and _digest(self.weights)}
+        return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise EspalierError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job under way."""
+
+    job: Job
+    stage: Stage
+
+    @cached_property
+    def data(self) -> Data:
+        """The data."""
+        return load_data(self.job.data)
+
+    @cached_property
+    def profile(self) -> Profile:
+        """The profile asked for, or the best for this machine."""
+        return chosen(self.job.profile)
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The dense model, trained first if the job says so."""
+        model = load_model(self.job.model, self.job.weights)
+        if self.job.dense is not None:
+            self._fit(model, self.job.dense, "dense", None)
+        return model
+
+    @cached_property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """One example."""
+        return example_inputs(None, self.data.test)
+
+    @cached_property
+    def bench(self) -> Bench:
+        """The model on the profile's runtime."""
+        return bench(self.dense, self.inputs, self.profile)
+
+    def _fit(self, model: nn.Module, recipe: Recipe, name: str, plan: Plan | None) -> list[Moment]:
+        title = "train dense" if plan is None else "train with WGSEF"
+        with self.stage.phase(title) as phase:
+
+            def watch(moment: Moment) -> None:
+                groups = f", {moment.nonzero_groups} groups for {moment.budget_groups}" if plan else ""
+                phase.step(f"loss {moment.loss:.3f}{groups}", moment.step, moment.steps)
+
+            checkpoint = self.job.out / f"{name}.training.safetensors"
+            return planner.fit(model, self.data.train, recipe, plan=plan, checkpoint=checkpoint, watch=watch)
+
+    def table(self) -> LatencyTable:
+        """Measure, or reuse, the latency table."""
+        path = self.job.out / "table.json"
+        if path.exists():
+            return LatencyTable.load(path)
+        with self.stage.phase("measure latency table") as phase, one_thread():
+            table = calibrate(self.bench, progress=phase.step)
+        table.save(path)
+        return table
+
+    def plan(self, table: LatencyTable) -> tuple[Plan, LatencyTable]:
+        """Plan, measure the planned network, and plan again while the table is off there."""
+        path = self.job.out / "plan.json"
+        if path.exists():
+            return Plan.load(path), table
+        importance = sensitivity(self.dense, self.inputs, self.profile, table, self.data.train, self.stage)
+        with self.stage.phase("plan") as phase, one_thread():
+            for _ in range(4):
+                plan = planner.plan(
+                    self.dense, self.inputs, self.profile, latency=self.job.latency, table=table, importance=importance
+                )
+                table, error = refined(self.bench, table, plan.choice, progress=phase.step)
+                phase.note(f"the table was off by {error:+.1%} on the planned network")
+                if abs(error) < CLOSE:
+                    break
+        table.save(self.job.out / "table.json")
+        plan.save(path)
+        return plan, table
+
+
+def sensitivity(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    profile: Profile,
+    table: LatencyTable | None,
+    train: Batches,
+    stage: Stage,
+) -> Importance:
+    """Measure, on a few hundred training images, what each candidate costs in loss."""
+    graph = planner.trace(model, inputs)
+    options = useful(graph, table or Rules(profile), candidates(graph, profile))
+    batches, images = [], 0
+    for x, y in train:
+        batches.append((x, y))
+        images += len(y)
+        if images >= SENSITIVITY_IMAGES:
+            break
+    with stage.phase("measure sensitivity") as phase:
+        return planner.measured(model, graph, options, batches, loss=cross_entropy, progress=phase.show)
+
+
+def chosen(profile: str | None) -> Profile:
+    """Return the named profile, or the best for this machine; raises ProfileError if none fits."""
+    if profile is not None:
+        return profiles.load(profile)
+    found = profiles.detect()
+    if not found:
+        raise ProfileError("no profile fits this machine; `espalier detect` says why, --profile names one anyway")
+    return found[0]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run PyTorch on one thread within the block: small models and parity checks are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def begin(job: Job) -> None:
+    """Claim the folder of a job; raises EspalierError if it holds another one."""
+    job.out.mkdir(parents=True, exist_ok=True)
+    path = job.out / "run.json"
+    if path.exists():
+        try:
+            known = json.loads(path.read_text()).get("identity")
+        except (ValueError, AttributeError):
+            known = None
+        if known != job.identity:
+            raise EspalierError(f"{job.out} holds another run; choose another --out or add --fresh")
+    atomic.write_text(path, json.dumps({"identity": job.identity, "job": asdict(job)}, default=str, indent=1) + "\n")
+
+
+_FILES = (
+    *("run.json", "table.json", "plan.json", "measurements.json", "timings.json", "report.html"),
+    *("dense.training.safetensors", "sparse.training.safetensors", "sparse.safetensors"),
+)
+
+
+def clear(out: Path) -> None:
+    """Forget what an earlier run left in a folder."""
+    for name in _FILES:
+        (out / name).unlink(missing_ok=True)
+
+
+def execute(job: Job, stage: Stage) -> Outcome:
+    """Do the whole job, or the rest of it, and return its outcome; the files are then all there."""
+    begin(job)
+    done = job.out / "measurements.json"
+    if done.exists():
+        stage.say(f"{done} is there already: nothing left to do (--fresh starts again)")
+        return Outcome.load(done)
+    run = Run(job, stage)
+    stage.say(f"profile {run.profile.id}: {_why(run.profile)}")
+    dense = run.dense
+    plan, table = run.plan(run.table())
+    model = _trained(run, plan)
+    return _finish(run, plan, table, model, planner.accuracy(dense, run.data.test))
+
+
+def _why(profile: Profile) -> str:
+    try:
+        return profiles.why(profile)
+    except EspalierError:
+        return "named on the command line"
+
+
+def _trained(run: Run, plan: Plan) -> nn.Module:
+    """Return the model with exact zeros where the plan wants them."""
+    model = load_model(run.job.model)
+    model.load_state_dict(run.dense.state_dict())
+    run._fit(model, run.job.recipe, "sparse", plan)
+    save(model, run.job.out / "sparse.safetensors")
+    return model
+
+
+def _finish(run: Run, plan: Plan, table: LatencyTable, model: nn.Module, dense_accuracy: float) -> Outcome:
+    """Rebuild, compile, measure, and write everything down."""
+    job, stage, graph = run.job, run.stage, run.bench.graph
+    with stage.phase("rebuild and check"):
+        small = rebuild(plan, model)
+        error = equivalence(graph, model, small, [plan.inputs_like(seed=seed) for seed in range(2, 6)])
+        accuracy = Accuracy(
+            dense=dense_accuracy,
+            sparse=planner.accuracy(model, run.data.test),
+            rebuilt=planner.accuracy(small, run.data.test),
+        )
+    contenders = _contenders(run, plan, table, small, accuracy)
+    names = runtimes(run.profile)
+    with stage.phase("compile and check parity") as phase, one_thread():
+        artifacts = built(contenders, names, run.inputs, job.out, progress=phase.step)
+    with stage.phase("measure in turns") as phase:
+        measured = timed(contenders, artifacts, run.inputs, seconds=job.seconds, progress=phase.step)
+    raw = {name: [m.model_dump(mode="json") for m in rows] for name, rows in measured.items()}
+    atomic.write_text(job.out / "timings.json", json.dumps(raw, indent=1) + "\n")
+    environment = measured[names[0]][0].environment.model_dump(mode="json")
+    table_rows = rows(contenders, graph, measured)
+    outcome = Outcome(
+        model=job.model,
+        profile=run.profile.id,
+        profile_why=_why(run.profile),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        budget=f"{plan.target_fraction:.0%} of dense",
+        budget_s=plan.target_fraction * (plan.predicted.dense_s or 0.0),
+        accuracy=accuracy,
+        rows=table_rows,
+        widths=_widths(plan),
+        history=_history(job),
+        equivalence=error,
+        parity={name: artifacts["espalier", name].parity.max_rel for name in names},
+        verdicts=[],
+        environment={key: str(value) for key, value in environment.items()},
+        phases_s=stage.phases_s,
+    )
+    outcome = outcome.model_copy(update={"verdicts": verdicts(outcome, plan)})
+    atomic.write_text(job.out / "report.html", report.render(outcome, table=table))
+    outcome.save(job.out / "measurements.json")
+    return outcome
+
+
+def _contenders(run: Run, plan: Plan, table: LatencyTable, small: nn.Module, accuracy: Accuracy) -> list[Contender]:
+    graph = run.bench.graph
+    choice = graph.choice(plan.choice.keep, plan.choice.removed)
+    other = uniform(graph, graph.macs(choice), grid=_grid(run.profile))
+    spread = max(table.max_error, CLOSE)
+
+    def predicted(seconds: float | None) -> Interval | None:
+        if seconds is None:
+            return None
+        return Interval(value=seconds, low=seconds * (1 - spread), high=seconds * (1 + spread))
+
+    return [
+        Contender("dense", run.dense, graph.dense, accuracy.dense, predicted(plan.predicted.dense_s), "dense"),
+        Contender("espalier", small, choice, accuracy.rebuilt, predicted(plan.predicted.latency_s), "small"),
+        Contender("uniform, same MACs", narrowed(run.dense, graph, other), other, None, None, "uniform"),
+    ]
+
+
+def _grid(profile: Profile) -> int:
+    return max(profile.quantum("conv2d", "out_channels"), profile.quantum("linear", "out_channels"))
+
+
+def _widths(plan: Plan) -> list[WidthRow]:
+    return [
+        WidthRow(name=w.name, dense=w.dense, kept=w.keep, removed=w.keep == 0, considered=list(w.considered))
+        for w in plan.widths
+    ]
+
+
+def _history(job: Job) -> list[Step]:
+    """Return the training curve of the dense and the sparse training, from their checkpoints."""
+    moments = [m for name in ("dense", "sparse") for m in planner.history(job.out / f"{name}.training.safetensors")]
+    return [
+        Step(
+            epoch=m.epoch,
+            loss=m.loss,
+            accuracy=None,
+            nonzero_groups=m.nonzero_groups,
+            budget_groups=m.budget_groups,
+            phase=m.phase,
+        )
+        for m in moments
+    ]
+
+
+def verdicts(outcome: Outcome, plan: Plan) -> list[Verdict]:
+    """Return the claims of a run with whether they hold."""
+    dense, small = outcome.row("dense"), outcome.row("espalier")
+    accuracy = outcome.accuracy
+    assert dense is not None
+    assert small is not None
+    assert accuracy.dense is not None
+    assert accuracy.rebuilt is not None
+    runtime = outcome.profile.split(".")[1]
+    name = next(iter(dense.measured)) if runtime not in dense.measured else runtime
+    took, full = small.measured[name].value, dense.measured[name].value
+    drop = accuracy.dense - accuracy.rebuilt
+    found = [
+        Verdict(
+            what=f"budget met in {name}",
+            ok=took / full <= plan.target_fraction * OVER_BUDGET,
+            detail=f"measured {took / full:.3f} of dense, planned {plan.target_fraction:.3f}",
+        ),
+        Verdict(
+            what="accuracy kept",
+            ok=drop <= ALLOWED_DROP,
+            detail=f"{accuracy.rebuilt:.2%} against {accuracy.dense:.2%} dense",
+        ),
+        Verdict(
+            what="the rebuild changed nothing",
+            ok=accuracy.rebuilt == accuracy.sparse,
+            detail=f"largest relative difference {outcome.equivalence:.1e}",
+        ),
+    ]
+    if small.predicted_s is not None:
+        error = small.predicted_s.value / took - 1
+        found.append(
+            Verdict(what="latency predicted", ok=abs(error) <= 0.10, detail=f"{error:+.1%} of the measured one")
+        )
+    return found
