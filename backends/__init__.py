@@ -7,7 +7,9 @@ from backends.artifact import Artifact
 from backends.export import export_onnx
 from backends.latency import Latency, Measurement, Ratio, ratio
 from backends.measure import Candidate, compare, measure
+from backends.rebuild import rebuild
 from backends.registry import installed, load
+from backends.weights import load_rebuilt, save
 
 __all__ = [
     "Artifact",
@@ -19,6 +21,9 @@ __all__ = [
     "export_onnx",
     "installed",
     "load",
+    "load_rebuilt",
     "measure",
     "ratio",
+    "rebuild",
+    "save",
 ]

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +39,42 @@ def plan(
     budget is below what the model can reach.
     """
     graph = trace(model, inputs)
-    if table is not None and table.fingerprint != graph.fingerprint:
+    if not graph.operations:
+        raise PlanError("the model has no convolution or linear layer, so there is nothing to plan")
+    costs = _costs(graph, profile, table)
+    options = useful(graph, costs, candidates(graph, profile))
+    importance = importance or magnitude(model, graph, options)
+    _check_covers(importance, graph, options)
+    dense_s = costs.latency(graph, graph.dense)
+    budget_s = budget(latency, dense_s, measured=table is not None)
+    choice, proof = _solve(Program(graph, options, costs), importance, budget_s, dense_s)
+    return _Problem(graph, profile, costs, options, importance).written(choice, proof, budget_s / dense_s)
+
+
+def _costs(graph: Graph, profile: Profile, table: LatencyTable | None) -> Costs:
+    if table is None:
+        return Rules(profile)
+    if table.fingerprint != graph.fingerprint:
         raise PlanError(
             f"the latency table was made for another model or input shape (fingerprint {table.fingerprint}, this one "
             f"is {graph.fingerprint}); run `espalier calibrate` for this one"
         )
-    costs: Costs = table or Rules(profile)
-    options = useful(graph, costs, candidates(graph, profile))
-    importance = importance or magnitude(model, graph, options)
-    dense_s = costs.latency(graph, graph.dense)
-    budget_s = budget(latency, dense_s, measured=table is not None)
-    choice, proof = _solve(Program(graph, options, costs), importance, budget_s, dense_s)
-    return _written(graph, profile, costs, options, choice, proof, importance.name, budget_s / dense_s)
+    if table.profile != profile.id:
+        raise PlanError(
+            f"the latency table was measured for profile {table.profile}, not {profile.id}; plan with that profile, or "
+            "run `espalier calibrate` with this one"
+        )
+    return table
+
+
+def _check_covers(importance: Importance, graph: Graph, options: Mapping[str, Sequence[int]]) -> None:
+    missing = [f"{n} at {c}" for n, counts in options.items() for c in counts if c not in importance.widths.get(n, {})]
+    missing += [block.name for block in graph.blocks if not block.frozen and block.name not in importance.blocks]
+    if missing:
+        raise PlanError(
+            f"importance {importance.name!r} does not say what cutting {missing[0]} costs; measure it for the "
+            "candidates of this profile and table"
+        )
 
 
 def budget(latency: float | str, dense_s: float, *, measured: bool) -> float:
@@ -59,7 +84,7 @@ def budget(latency: float | str, dense_s: float, *, measured: bool) -> float:
         value, unit = (float(match[1]), match[2]) if match else (math.nan, "")
     except ValueError:
         value, unit = math.nan, ""
-    if not value > 0 or (unit in ("", "%") and value * _UNITS[unit] > 1):
+    if not 0 < value < math.inf or (unit in ("", "%") and value * _UNITS[unit] > 1):
         raise PlanError(f"latency {latency!r} is not a fraction of the dense latency (0.5, '50 %') or a time ('3 ms')")
     if unit in ("", "%"):
         return value * _UNITS[unit] * dense_s
@@ -129,31 +154,48 @@ def _solve(program: Program, importance: Importance, budget_s: float, dense_s: f
     return found
 
 
-def _written(
-    graph: Graph,
-    profile: Profile,
-    costs: Costs,
-    options: Mapping[str, Sequence[int]],
-    choice: Choice,
-    proof: Proof,
-    importance: str,
-    fraction: float,
-) -> Plan:
+@dataclass(frozen=True)
+class _Problem:
+    graph: Graph
+    profile: Profile
+    costs: Costs
+    options: Mapping[str, Sequence[int]]
+    importance: Importance
+
+    def written(self, choice: Choice, proof: Proof, fraction: float) -> Plan:
+        """Return the solution as the plan that is kept."""
+        widths = tuple(
+            WidthPlan(
+                name=name,
+                dense=self.graph.width[name].size,
+                keep=choice.keep[name],
+                considered=tuple(counts),
+                cost_s=_marginal(self.graph, self.costs, name, choice.keep[name]),
+            )
+            for name, counts in self.options.items()
+        )
+        blocks = tuple(
+            BlockPlan(name=b.name, removed=b.name in choice.removed) for b in self.graph.blocks if not b.frozen
+        )
+        return Plan(
+            profile=self.profile.id,
+            fingerprint=self.graph.fingerprint,
+            inputs=tuple(InputSpec(shape=shape, dtype=dtype) for shape, dtype in self.graph.inputs),
+            target_fraction=fraction,
+            widths=widths,
+            blocks=blocks,
+            pools=per_width_pools(widths, blocks),
+            importance=self.importance.name,
+            predicted=_predicted(self.graph, self.costs, choice),
+            proof=proof,
+        )
+
+
+def _predicted(graph: Graph, costs: Costs, choice: Choice) -> Prediction:
     full = graph.choice(choice.keep, choice.removed)
     dense_s, latency_s = costs.latency(graph, graph.dense), costs.latency(graph, full)
     table = costs if isinstance(costs, LatencyTable) else None
-    widths = tuple(
-        WidthPlan(
-            name=name,
-            dense=graph.width[name].size,
-            keep=choice.keep[name],
-            considered=tuple(counts),
-            cost_s=_marginal(graph, costs, name, choice.keep[name]),
-        )
-        for name, counts in options.items()
-    )
-    blocks = tuple(BlockPlan(name=b.name, removed=b.name in choice.removed) for b in graph.blocks if not b.frozen)
-    predicted = Prediction(
+    return Prediction(
         basis="table" if table else "rules",
         dense_s=dense_s if table else None,
         latency_s=latency_s if table else None,
@@ -162,18 +204,6 @@ def _written(
         dense_macs=graph.macs(graph.dense),
         table_sha256=table.sha256 if table else None,
         table_error=table.mean_error if table else None,
-    )
-    return Plan(
-        profile=profile.id,
-        fingerprint=graph.fingerprint,
-        inputs=tuple(InputSpec(shape=shape, dtype=dtype) for shape, dtype in graph.inputs),
-        target_fraction=fraction,
-        widths=widths,
-        blocks=blocks,
-        pools=per_width_pools(widths, blocks),
-        importance=importance,
-        predicted=predicted,
-        proof=proof,
     )
 
 
@@ -205,7 +235,8 @@ def with_global_budget(plan: Plan, model: nn.Module) -> Plan:
     """Return the plan with one pool over all narrowed widths instead of one each: costs in seconds, one budget.
 
     How many channels each width keeps is then decided in training. a_j is the mean squared norm of a width's channels,
-    so that x_j²/(a_j d_j) compares channels of different layers; the largest is 1.
+    so that x_j²/(a_j d_j) compares channels of different layers; the largest is 1. Widths that cost no time keep
+    their own pools.
     """
     graph = plan.graph(model)
     narrowed = [w for w in plan.widths if 0 < w.keep < w.dense and w.cost_s > 0]
@@ -221,4 +252,5 @@ def with_global_budget(plan: Plan, model: nn.Module) -> Plan:
         costs=tuple(w.cost_s for w in narrowed),
         budget=sum(w.keep * w.cost_s for w in narrowed),
     )
-    return plan.model_copy(update={"pools": (pool, *(p for p in plan.pools if p.structure == "depth"))})
+    others = tuple(own for own in plan.pools if own.structure == "depth" or own.name not in pool.members)
+    return plan.model_copy(update={"pools": (pool, *others)})

@@ -80,7 +80,11 @@ def _files_in(folder: Traversable) -> dict[str, Traversable]:
 
 
 def _near(profile_id: str) -> str:
-    near = difflib.get_close_matches(profile_id, names(), cutoff=0.5)
+    known = names()
+    near = difflib.get_close_matches(profile_id, known, cutoff=0.5)
+    if not near:  # perhaps the device alone was named
+        devices = difflib.get_close_matches(profile_id, {name.partition(".")[0] for name in known}, cutoff=0.5)
+        near = [name for device in devices for name in known if name.partition(".")[0] == device][:3]
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 

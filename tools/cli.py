@@ -24,7 +24,8 @@ app = typer.Typer(
 )
 profiles_app = typer.Typer(help="List and show device profiles.", no_args_is_help=True)
 app.add_typer(profiles_app, name="profiles")
-out_console, console = Console(), Console(stderr=True)
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+out_console, console = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
 
 Model = Annotated[str, typer.Option("--model", help="package.module:factory of the model")]
 DataFactory = Annotated[str, typer.Option("--data", help="package.module:factory of (train, test)")]
@@ -47,9 +48,10 @@ def main() -> None:
     except EspalierError as error:
         console.print(f"[bold red]espalier:[/] {_plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(1 if isinstance(error, BuildError) else 2)
-    except KeyboardInterrupt:
-        console.print("espalier: interrupted; the same command continues where this one was", highlight=False)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            console.print("espalier: interrupted; the same command continues where this one was", highlight=False)
+        raise
 
 
 def _plain(error: Exception) -> str:
@@ -300,6 +302,7 @@ def measure(
 def report(
     measurements: Annotated[Path, typer.Argument(help="measurements.json of a run")] = Path("measurements.json"),
     out: Annotated[Path | None, typer.Option("--out", help="the page [default: report.html beside it]")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print the table as Markdown")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the report of a run again, and print its table."""
@@ -311,7 +314,10 @@ def report(
     page = out or measurements.parent / "report.html"
     table = LatencyTable.load(latencies) if latencies.exists() else None
     profiles.atomic.write_text(page, reporting.render(outcome, table=table))
-    _print(as_json, outcome.model_dump(mode="json"), reporting.table(outcome))
+    if markdown and not as_json:
+        sys.stdout.write(reporting.markdown(outcome) + "\n")
+    else:
+        _print(as_json, outcome.model_dump(mode="json"), reporting.table(outcome))
 
 
 @app.command()
@@ -324,6 +330,7 @@ def run(
     epochs: Epochs = 10,
     lr: Rate = 0.02,
     dense_epochs: Annotated[int, typer.Option(min=0, help="train the dense model first")] = 0,
+    max_drop: Annotated[float, typer.Option(min=0, max=1, help="accuracy that may be lost, else exit 1")] = 0.01,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="autocast training to bfloat16")] = False,
     weights: Weights = None,
     fresh: Fresh = False,
@@ -334,7 +341,7 @@ def run(
 
     recipe = Recipe(epochs, lr=lr, bfloat16=bfloat16)
     dense = Recipe(dense_epochs, bfloat16=bfloat16) if dense_epochs else None
-    _execute(Job(model, data, profile, latency, recipe, out, weights, dense), fresh, as_json)
+    _execute(Job(model, data, profile, latency, recipe, out, weights, dense, max_drop), fresh, as_json)
 
 
 @app.command()

@@ -91,8 +91,8 @@ def single_valued(batch: Batch) -> Batch:
 
 def rounded(batch: Batch, dtype: torch.dtype) -> Batch:
     """Return the batch that a tensor of this dtype holds."""
-    parts = (torch.tensor(part).to(dtype).double().numpy() for part in (batch.x, batch.a, batch.d, batch.step))
-    return Batch(*parts, batch.k)
+    x, a, d, step = (torch.tensor(part).to(dtype).double().numpy() for part in (batch.x, batch.a, batch.d, batch.step))
+    return Batch(x, a, d, step, batch.k)
 
 
 def pooled(batch: Batch, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
@@ -224,6 +224,22 @@ def test_the_budget_is_met_by_the_multipliers(batch: Batch, debiased: bool) -> N
     allowed = 1e-11 * batch.k[:, 0] + 4 * (batch.d * rounding).sum(1)
     assert (excess <= allowed)[tight].all()
     assert (u >= 1 - 4 * rounding)[~tight].all()
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_the_root_search_stays_far_below_its_limit(
+    batch: Batch, debiased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluations = []
+    original = envelope._spend
+
+    def counted(*given: Any) -> Any:
+        evaluations.append(1)
+        return original(*given)
+
+    monkeypatch.setattr(envelope, "_spend", counted)
+    factors(single_valued(batch) if debiased else batch, debiased=debiased)
+    assert len(evaluations) <= 18 < envelope._EVALUATIONS
 
 
 def exact_factors(x: list[int], root_a: list[int], root_d: list[int], step: Fraction, k: Fraction) -> list[Fraction]:

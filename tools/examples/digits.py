@@ -11,8 +11,8 @@ TEST_IMAGES = 500
 
 
 def resnet() -> ResNet:
-    """Three stages of three basic blocks, 64, 96 and 192 wide, for images of 1x16x16."""
-    return ResNet(3, (64, 96, 192), channels=1)
+    """Three stages of three basic blocks, 64, 112 and 192 wide, for images of 1x16x16."""
+    return ResNet(3, (64, 112, 192), channels=1)
 
 
 def data() -> Data:
