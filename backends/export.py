@@ -66,6 +66,8 @@ def _export(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], path: Path
         # dozens of variants. Only its own two notices are silenced; what it says about the model stays audible.
         for notice in ("You are using the legacy TorchScript-based ONNX export", "The feature will be removed"):
             warnings.filterwarnings("ignore", message=notice, category=DeprecationWarning)
+        # A strided slice that it cannot fold stays as it is, which is right.
+        warnings.filterwarnings("ignore", message="Constant folding - Only steps=1", category=UserWarning)
         try:
             torch.onnx.export(
                 model,

@@ -20,6 +20,7 @@ MODEL_COLUMNS = ("model", "accuracy", "params", "MACs", "predicted")
 RUNTIME_COLUMNS = ("runtime", "measured (95 %)", "speed-up", "efficiency")
 LEFT_COLUMNS = ("model", "runtime")
 STEPS_SHOWN = 1000  # a longer history is thinned: the page stays small, and no screen shows more
+NOTES = "times in ms with 95 % intervals; predicted for {}; efficiency = speed-up / MAC speed-up"
 RUNTIMES = {
     "executorch": "ExecuTorch",
     "onnxruntime": "ONNX Runtime",
@@ -62,7 +63,7 @@ def headline(outcome: Outcome) -> str:
 
 def table(outcome: Outcome) -> Table:
     """The measurements for a terminal of 100 columns or more, one line per model and runtime."""
-    caption = Text(f"times in ms; predicted for {outcome.profile}; efficiency = speed-up / MAC speed-up", style="dim")
+    caption = Text(f"{_accuracies(outcome)}\n{NOTES.format(outcome.profile)}", style="dim")
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=caption, caption_justify="left")
     for name in MODEL_COLUMNS + RUNTIME_COLUMNS:
         shown.add_column(name, justify="left" if name in LEFT_COLUMNS else "right", no_wrap=name != "model")
@@ -78,7 +79,14 @@ def markdown(outcome: Outcome) -> str:
     columns = MODEL_COLUMNS + RUNTIME_COLUMNS
     rules = [":--" if name in LEFT_COLUMNS else "--:" for name in columns]
     body = [[_unmarked(cell) for cell in line] for row in outcome.rows for line in _lines(row, outcome.runtimes)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [columns, rules, *body])
+    rows = "".join(f"| {' | '.join(cells)} |\n" for cells in [columns, rules, *body])
+    return f"{rows}\n{_unmarked(_accuracies(outcome))}; {_unmarked(NOTES.format(outcome.profile))}\n"
+
+
+def _accuracies(outcome: Outcome) -> str:
+    found = outcome.accuracy
+    told = (("dense", found.dense), ("trained to exact zeros", found.sparse), ("rebuilt", found.rebuilt))
+    return "accuracy: " + ", ".join(f"{name} {_percent(value)}" for name, value in told)
 
 
 def _environment() -> Environment:
@@ -128,7 +136,10 @@ def _lines(row: Row, runtimes: list[str]) -> list[list[str]]:
         ]
         for runtime in runtimes
     ] or [[MISSING] * len(RUNTIME_COLUMNS)]
-    return [(model if place == 0 else [""] * len(model)) + line for place, line in enumerate(lines)]
+    below = [*[""] * (len(model) - 1), f"({_span(row.predicted_s)})" if row.predicted_s else ""]
+    return [
+        (model if place == 0 else below if place == 1 else [""] * len(model)) + line for place, line in enumerate(lines)
+    ]
 
 
 def _unmarked(cell: str) -> str:

@@ -262,11 +262,14 @@ def test_terminal_table_fits(outcome: Outcome, width: int) -> None:
     ours = next(line for line in lines if line[:1] == ["espalier"])
     assert " ".join(ours) == "espalier 98.29 % 955 k 38.2 M 0.538 ONNX Runtime 0.521 (0.510-0.531) 2.12x 0.87x"
     following = lines[lines.index(ours) + 1]
-    assert " ".join(following) == "OpenVINO 0.646 (0.633-0.659) 2.12x 0.87x"
+    assert " ".join(following) == "(0.500-0.576) OpenVINO 0.646 (0.633-0.659) 2.12x 0.87x"
+    assert "accuracy: dense " in printed
 
 
 def test_markdown_table_is_rectangular(outcome: Outcome) -> None:
-    lines = _ascii(report.markdown(outcome)).splitlines()
+    *lines, blank, below = _ascii(report.markdown(outcome)).splitlines()
+    assert blank == ""
+    assert below.startswith("accuracy: dense ")
     assert len(lines) == 2 + 3 * 2
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {10}
     measured = "ONNX Runtime | 0.521 (0.510-0.531) | 2.12x | 0.87x"
