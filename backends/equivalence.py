@@ -1,11 +1,12 @@
 """The proof of a rebuild: dense(x) == masked(x) on fresh random inputs, or a refusal that names the place."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from planner.evaluation import evaluating
 from planner.graph import Graph
 from profiles.errors import BuildError
 
@@ -14,12 +15,11 @@ TOLERANCE = 1e-4  # largest |dense - masked| relative to the largest |masked|
 
 def equivalence(graph: Graph, masked: nn.Module, dense: nn.Module, batches: list[tuple[Tensor, ...]]) -> float:
     """Return max|dense - masked| / max|masked| in evaluation mode; raises BuildError naming the place if above 1e-4."""
-    worst = 0.0
-    device = next(masked.parameters()).device
+    worst, device = 0.0, next(masked.parameters()).device
     for inputs in batches:
         inputs = tuple(x.to(device) for x in inputs)
         expected, found = run(masked, inputs), run(dense, inputs)
-        if expected.shape != found.shape or not torch.isfinite(found).all():
+        if expected.shape != found.shape or not torch.isfinite(found).all() or not torch.isfinite(expected).all():
             raise BuildError(f"the rebuilt model's output is {_told(found)}, the masked model's is {_told(expected)}")
         worst = max(worst, float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)))
         if worst > TOLERANCE:
@@ -38,21 +38,27 @@ def _told(x: Tensor) -> str:
 @torch.no_grad()
 def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """Return the model's output in evaluation mode; several outputs are joined."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        out = model(*inputs)
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if not frame.filename.startswith(torch.__path__[0])][-1]
-        raise BuildError(
-            f"the rebuilt model does not run: {error} at {own.filename}:{own.lineno}; a size is written into the "
-            "model's forward there: take it from the tensor instead, or keep that width"
-        ) from error
-    finally:
-        for module in training:
-            module.training = True
-    return out if isinstance(out, Tensor) else torch.cat([x.flatten().float() for x in out])
+    with evaluating(model):
+        try:
+            out = model(*inputs)
+        except Exception as error:
+            foreign = (torch.__path__[0], __file__, "<")
+            frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(foreign)]
+            where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+            raise BuildError(
+                f"the rebuilt model does not run: {error}{where}; a size is written into the model there: take it "
+                "from the tensor instead, or keep that width"
+            ) from error
+    return out if isinstance(out, Tensor) else torch.cat([x.flatten().float() for x in _leaves(out)])
+
+
+def _leaves(out: object) -> list[Tensor]:
+    """Return the tensors in a nest of mappings and sequences."""
+    if isinstance(out, Mapping):
+        out = list(out.values())
+    if isinstance(out, list | tuple):
+        return [x for part in out for x in _leaves(part)]
+    return [out] if isinstance(out, Tensor) else []
 
 
 def _first_difference(graph: Graph, masked: nn.Module, dense: nn.Module, inputs: tuple[Tensor, ...]) -> str:

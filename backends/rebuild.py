@@ -3,14 +3,14 @@
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from backends.equivalence import equivalence
-from planner.blocks import bare_shortcut
-from planner.graph import Graph
+from planner.blocks import Block, bare_shortcut
+from planner.graph import Graph, aliases
 from planner.groups import group
 from planner.prox import excess
 from planner.spec import Plan
@@ -59,23 +59,35 @@ def cut(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str] = fr
     if frozen:
         raise PlanError(f"{frozen[0].name} cannot be cut: {frozen[0].frozen}")
     dense = copy.deepcopy(model)
-    _drop_blocks(dense, graph, removed)
-    present = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
+    dense = _without(dense, [graph.block[name] for name in sorted(removed)])
+    names = aliases(model)
     for (tensor, axis), keep in _masks(graph, kept).items():
-        if tensor in present:
-            _select(dense, tensor, axis, keep)
+        _select(_owners(dense, names[tensor]), axis, keep)
     return dense
 
 
-def _drop_blocks(dense: nn.Module, graph: Graph, removed: frozenset[str]) -> None:
+def _without(dense: nn.Module, blocks: Sequence[Block]) -> nn.Module:
+    """Return `dense` without the bodies of `blocks`; one that lies in the body of another goes with it."""
     by_module = defaultdict(list)
-    for name in removed:
-        by_module[graph.block[name].module].append(graph.block[name])
-    for module, blocks in sorted(by_module.items(), reverse=True):  # inner modules first
+    for block in blocks:
+        if not any(block.body < other.body for other in blocks):
+            by_module[block.module].append(block)
+    for module, own in sorted(by_module.items(), reverse=True):  # inner modules first
+        shortcut = bare_shortcut(dense.get_submodule(module), own)
         if not module:
-            raise PlanError(f"{blocks[0].name} lies in the model's own forward; put it into a module of its own")
-        shortcut = bare_shortcut(dense.get_submodule(module), blocks)
-        dense.set_submodule(module, shortcut.train(dense.training))
+            return shortcut
+        dense.set_submodule(module, shortcut)
+    return dense
+
+
+def _owners(dense: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module, str]]:
+    """Return every (module, attribute) that still holds the tensor of these names."""
+    modules = dict(dense.named_modules(remove_duplicate=False))
+    found = {}
+    for path, _, attribute in (name.rpartition(".") for name in names):
+        if isinstance(getattr(modules.get(path), attribute, None), Tensor):
+            found[id(modules[path]), attribute] = modules[path], attribute
+    return list(found.values())
 
 
 def _masks(graph: Graph, kept: Kept) -> dict[tuple[str, int], Tensor]:
@@ -98,27 +110,30 @@ _SIZES = {
     nn.Conv1d: ("out_channels", "in_channels"),
     nn.Conv2d: ("out_channels", "in_channels"),
     nn.Linear: ("out_features", "in_features"),
-    nn.BatchNorm1d: ("num_features",),
-    nn.BatchNorm2d: ("num_features",),
+    nn.PReLU: ("num_parameters",),
+    nn.modules.batchnorm._BatchNorm: ("num_features",),
 }
 
 
-def _select(dense: nn.Module, tensor: str, axis: int, keep: Tensor) -> None:
-    path, _, name = tensor.rpartition(".")
-    module = dense.get_submodule(path)
-    old = getattr(module, name)
-    new = old.detach().index_select(axis, keep.nonzero().flatten().to(old.device))
-    if isinstance(old, nn.Parameter):
-        setattr(module, name, nn.Parameter(new.contiguous(), requires_grad=old.requires_grad))
-    else:
-        setattr(module, name, new.contiguous())
-    if name != "weight":
+def _select(owners: Sequence[tuple[nn.Module, str]], axis: int, keep: Tensor) -> None:
+    """Keep these elements of an axis of one tensor, wherever it is held."""
+    if not owners:  # it left with a block
         return
-    size = int(keep.sum())
+    old = getattr(*owners[0])
+    new = old.detach().index_select(axis, keep.nonzero().flatten().to(old.device)).contiguous()
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for module, attribute in owners:
+        setattr(module, attribute, new)
+        if attribute == "weight":
+            _resize(module, axis, old.shape[axis], new.shape[axis])
+
+
+def _resize(module: nn.Module, axis: int, before: int, after: int) -> None:
     names = next((sizes for kind, sizes in _SIZES.items() if isinstance(module, kind)), ())
     if axis < len(names):
-        setattr(module, names[axis], size)
+        setattr(module, names[axis], after)
     groups = getattr(module, "groups", 1)
     if axis == 0 and groups > 1:  # depthwise: its inputs go with its outputs
-        narrower = size // (old.shape[0] // groups)
+        narrower = after // (before // groups)
         module.__dict__.update(groups=narrower, in_channels=narrower)

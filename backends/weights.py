@@ -16,7 +16,8 @@ from profiles.errors import PlanError
 def save(model: nn.Module, path: Path | str) -> None:
     """Write the weights of a rebuilt model as safetensors, atomically."""
     with atomic.replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+        # Tensors of several names are written under each: the format knows no sharing.
+        save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, temporary)
 
 
 def load_rebuilt(plan: Plan, model: nn.Module, path: Path | str) -> nn.Module:
@@ -24,11 +25,11 @@ def load_rebuilt(plan: Plan, model: nn.Module, path: Path | str) -> nn.Module:
     graph = plan.graph(model)
     weights = read(path)
     kept = {}
-    for name in (width.name for width in plan.widths if width.keep):
-        width = graph.width[name]
-        piece = next(piece for piece in width.slices if piece.tensor in weights and (piece.units >= 0).all())
-        repeats = len(piece.units) // width.size
-        kept[name] = torch.arange(weights[piece.tensor].shape[piece.axis] // repeats)
+    for width in (graph.width[width.name] for width in plan.widths if width.keep):
+        piece = next((s for s in width.slices if s.tensor in weights and (s.units >= 0).all()), None)
+        if piece is not None and weights[piece.tensor].dim() > piece.axis:  # else the file does not fit, or it left
+            repeats = len(piece.units) // width.size
+            kept[width.name] = torch.arange(min(width.size, weights[piece.tensor].shape[piece.axis] // repeats))
     dense = cut(model, graph, kept, plan.choice.removed)
     load_into_(dense, weights, path)
     return dense
@@ -45,6 +46,8 @@ def read(path: Path | str) -> dict[str, Tensor]:
 def load_into_(model: nn.Module, weights: Mapping[str, Tensor], path: Path | str) -> None:
     """Load `weights`, read from `path`, into `model`; raises PlanError naming the first one that does not fit."""
     own = model.state_dict()
+    # Weights saved before BatchNorm counted its batches lack the counters, which decide nothing here.
+    weights = {**{name: own[name] for name in own if name.endswith("num_batches_tracked")}, **weights}
     wrong = [
         name for name in own.keys() | weights.keys() if own.get(name, _NONE).shape != weights.get(name, _NONE).shape
     ]
@@ -61,4 +64,4 @@ _NONE = torch.empty(0, 0, 0, 0, 0, 0, 0)
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
-    return "x".join(map(str, tensors[name].shape)) if name in tensors else "absent"
+    return "x".join(map(str, tensors[name].shape)) or "a number" if name in tensors else "absent"

@@ -1,13 +1,15 @@
 """Residual blocks of an exported graph: additions of a shortcut and a body that nothing else uses."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch.fx
 from torch import nn
 from torch.fx import Node
 
-from planner.axes import ZERO_KEEPING, arg, kind, place, shape
+from planner.axes import arg, kind, place, shape
+from planner.evaluation import evaluating
+from planner.rules import ZERO_KEEPING
 from profiles.errors import PlanError
 
 _PARAMETRISED = {"conv1d", "conv2d", "linear", "batch_norm"}
@@ -34,21 +36,40 @@ def module_path(node: Node) -> str:
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
-def find_blocks(nodes: Sequence[Node], names: dict[str, str], model: nn.Module) -> tuple[Block, ...]:
-    """Find every addition of two tensors one of which is a removable body."""
+def find_blocks(
+    nodes: Sequence[Node], names: dict[str, str], model: nn.Module, *, inputs: Collection[str]
+) -> tuple[Block, ...]:
+    """Find every addition of two tensors one of which is a removable body and the other comes from `inputs`."""
+    trained = {name for name, _ in model.named_parameters()}
+    given = {node for node in nodes if node.name in inputs}
     found: list[Block] = []
     for node in nodes:
-        if kind(node) not in ("add", "add_") or len(node.all_input_nodes) != 2:
+        if not _joins(node):
             continue
         left, right = node.all_input_nodes
-        if not shape(left) == shape(right) == shape(node):
-            continue
-        sides = [(_body(left, right, node), left), (_body(right, left, node), right)]
-        body, end = max(sides, key=lambda side: _layers(side[0]))
+        sides = [(_body(left, right, node), left, right), (_body(right, left, node), right, left)]
+        body, end, shortcut = max(sides, key=lambda side: _layers(side[0]))
         last = _zeroing(end, names)
-        if _layers(body) and last is not None:
+        if _layers(body) and last and trained.issuperset(last) and given & _ancestors(shortcut):
             found.append(_block(node, body, last, names, taken={block.name for block in found}))
-    return tuple(replace(block, frozen=_obstacle(model, block)) for block in found)
+    return tuple(replace(block, frozen=_shared(nodes, names, block) or _obstacle(model, block)) for block in found)
+
+
+def _joins(node: Node) -> bool:
+    """Whether a node adds two tensors of one shape, neither of them scaled."""
+    if kind(node) not in ("add", "add_") or len(node.all_input_nodes) != 2 or node.kwargs.get("alpha", 1) != 1:
+        return False
+    return all(shape(tensor) == shape(node) for tensor in node.all_input_nodes)
+
+
+def _shared(nodes: Sequence[Node], names: dict[str, str], block: Block) -> str | None:
+    """Return why the body cannot be made zero without harm elsewhere, or None."""
+    for node in nodes:
+        if names.get(node.name) in block.last:
+            for user in node.users:
+                if user.name not in block.body:
+                    return f"{names[node.name]} is also used by {place(user)}"
+    return None
 
 
 def _obstacle(model: nn.Module, block: Block) -> str | None:
@@ -125,25 +146,28 @@ def _common_module(nodes: Sequence[Node]) -> str:
 def bare_shortcut(module: nn.Module, blocks: Sequence[Block]) -> nn.Module:
     """Return `module` without the bodies of `blocks`, as an ordinary module that keeps the names of what remains.
 
-    Raises PlanError if the module's forward cannot be followed by torch.fx or holds no such addition.
+    What its forward does in training mode alone, beyond its submodules, is lost. Raises PlanError if the forward cannot
+    be followed by torch.fx or holds no such addition.
     """
     try:
-        traced = torch.fx.symbolic_trace(module)
+        with evaluating(module):
+            traced = torch.fx.symbolic_trace(module)
     except Exception as error:
         raise PlanError(f"block {blocks[0].name} cannot leave: torch.fx cannot follow it: {error}") from error
+    traced.training = module.training
     for block in blocks:
         prefix = f"{block.module}." if block.module else ""
         _drop_body(traced, {name.removeprefix(prefix) for name in block.modules}, block)
     if all(block.repeats_relu for block in blocks) and _is_relu(traced):
-        return nn.Identity()
+        return nn.Identity().train(module.training)
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
 
 
 def _drop_body(traced: torch.fx.GraphModule, body: set[str], block: Block) -> None:
-    """Replace the addition without whose body exactly the modules `body` are unused by its shortcut."""
-    before = _used(traced.graph)
+    """Replace the addition without whose body exactly the modules `body`, and such without weights, are unused."""
+    before = _used(traced, traced.graph)
     for index, node in enumerate(traced.graph.nodes):
         for side in (0, 1) if _adds(node) else ():
             trial, copied = torch.fx.Graph(), dict[Node, Node]()
@@ -151,11 +175,21 @@ def _drop_body(traced: torch.fx.GraphModule, body: set[str], block: Block) -> No
             trial.output(output)
             _bypass(copied[node], side)
             trial.eliminate_dead_code(_has_effect)
-            if before - _used(trial) == body:
+            if before - _used(traced, trial) == body:
+                _refuse_overwritten(traced, {node for node, copy in copied.items() if copy in trial.nodes}, block)
                 _bypass(list(traced.graph.nodes)[index], side)
                 traced.graph.eliminate_dead_code(_has_effect)
                 return
     raise PlanError(f"block {block.name} cannot leave: no addition at {block.where} that can be bypassed")
+
+
+def _refuse_overwritten(traced: torch.fx.GraphModule, stay: set[Node], block: Block) -> None:
+    """Raise PlanError if a node that leaves writes into what stays."""
+    for node in set(traced.graph.nodes) - stay:
+        module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        inplace = getattr(module, "inplace", False) or node.kwargs.get("inplace", False)
+        if (inplace or kind(node).endswith("_")) and stay.intersection(node.all_input_nodes):
+            raise PlanError(f"block {block.name} cannot leave: its {kind(node)} overwrites what the shortcut passes on")
 
 
 def _has_effect(node: Node) -> bool:
@@ -163,17 +197,17 @@ def _has_effect(node: Node) -> bool:
 
 
 def _bypass(node: Node, side: int) -> None:
-    shortcut = node.args[side]
-    assert isinstance(shortcut, Node)
-    node.replace_all_uses_with(shortcut)
+    node.replace_all_uses_with(node.all_input_nodes[side])
 
 
 def _adds(node: Node) -> bool:
     return node.op.startswith("call_") and kind(node).rstrip("_") in ("add", "iadd") and len(node.all_input_nodes) == 2
 
 
-def _used(graph: torch.fx.Graph) -> set[str]:
-    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
+def _used(traced: torch.fx.GraphModule, graph: torch.fx.Graph) -> set[str]:
+    """Return the modules with weights that a graph calls."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    return {path for path in called if traced.get_submodule(path).state_dict()}
 
 
 def _is_relu(traced: torch.fx.GraphModule) -> bool:

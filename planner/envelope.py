@@ -38,13 +38,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planner import threshold
+
 __all__ = ["debiased_value", "scale", "value"]
 
 _EVALUATIONS = 64  # at most: 16 is the worst of 1e5 random problems whose norms span 1e30, 53 with steps up to 1e12
 _TINY, _HUGE = 1e-150, 1e150  # stand for 0 and inf where a quotient must stay finite
 _EPS = torch.finfo(torch.float64).eps
 _CHUNK_CPU = 1 << 15  # stays in the cache, and on the calling thread: torch forks for longer tensors, at a loss
-_SAMPLE = 1 << 14  # of so many groups the multiplier is within about 1 %
+_SAMPLE = 1 << 16  # of so many groups the multiplier is within about 0.5 %
+_LONGEST_ALIKE = 4.0  # the b up to which the norms' own precision does for the multiplier
 _CHUNK_DEVICE = 1 << 22  # long enough to hide the launch of a kernel
 
 
@@ -70,28 +73,30 @@ def debiased_value(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tenso
 
 @torch.no_grad()
 def scale(norms: Tensor, step: Tensor | float, a: Tensor | float, d: Tensor | float, k: Tensor | float, *,
-          pool: Tensor | None = None, debiased: bool = False) -> Tensor:
+          pool: Tensor | None = None, debiased: bool = False, out: Tensor | None = None) -> Tensor:
     """Return the factors (m,) in [0, 1] for which w_j <- scale_j w_j is the prox of step · GS, or of step · D.
 
     step: learning rate × strength, a number, () or (m,) and then constant within a pool; the rest is as in `value`.
     Groups beyond the threshold get exactly 0, as do all groups of a pool with k = 0 and, in a pool over its budget,
     those of norm 0. A pool within its budget gets 1 / (1 + step a), de-biased exactly 1. Where step = 0 the factor
-    is 1, whatever k.
+    is 1, whatever k. out: where to write them, of the norms' shape and dtype; the norms themselves may be given up.
 
     Raises ValueError where norms are negative or not finite, a or d not positive, k or step negative, a pool id is
     outside 0..p-1, or step · a >= 1 in the de-biased form, whose prox is then not single-valued. Values are checked on
     the CPU only. Elsewhere every factor is 1 if any norm is not finite, and step · a is held below 1.
     """
     problem = _stepped(_problem(norms, a, d, k, pool), step, a, debiased)
+    factors = torch.empty_like(problem.norms) if out is None else out
+    eta = _common_multiplier(problem)
+    if eta is not None:
+        return threshold.factors_(factors, norms, eta, float(_Part(problem, slice(0)).ridge()), debiased=debiased)
+    sound = torch.isfinite(problem.norms.amax()) if not factors.is_cpu and factors.numel() > 0 else None
     root = _settled(problem, _root(problem))
-    factors = torch.empty_like(problem.norms)
     for part in problem.parts():
         ridge = part.ridge()
         u = torch.maximum(root.usage(part), (ridge == 0).double())
         factors[part.span] = u / (torch.addcmul(u, ridge, 1 - u) if debiased else u + ridge)
-    if factors.is_cpu or factors.numel() == 0:
-        return factors
-    return torch.where(torch.isfinite(problem.norms.amax()), factors, 1.0)
+    return factors if sound is None else factors.masked_fill_(~sound, 1.0)
 
 
 @dataclass(frozen=True)
@@ -213,14 +218,40 @@ def _bracket(problem: _Problem, largest: Tensor) -> tuple[_Root, Tensor, Tensor]
 
 def _guess(problem: _Problem, largest: Tensor, otherwise: Tensor) -> Tensor:
     """Return where to start: in a large pool the multiplier of a sample of its groups, which saves half the passes."""
-    stride = problem.norms.numel() // _SAMPLE
-    if problem.pool is not None or stride < 32:
+    if problem.pool is not None or problem.norms.numel() < 32 * _SAMPLE:
         return otherwise
+    _, root = _sampled(problem)
+    return torch.where(root.slack | (root.eta <= 0), otherwise, root.eta * (largest / root.largest))
+
+
+def _sampled(problem: _Problem) -> tuple[_Problem, _Root]:
+    """Return the problem of every n-th group of one pool, and its root."""
+    stride = problem.norms.numel() // _SAMPLE
     norms, step, a, d = (given if given.numel() == 1 else given[::stride].contiguous()
                          for given in (problem.norms, problem.step, problem.a, problem.d))
     budget = problem.budget * (norms.numel() / problem.norms.numel())
-    root = _root(replace(problem, norms=norms, step=step, a=a, d=d, budget=budget))
-    return torch.where(root.slack | (root.eta <= 0), otherwise, root.eta * (largest / root.largest))
+    sample = replace(problem, norms=norms, step=step, a=a, d=d, budget=budget)
+    return sample, _root(sample)
+
+
+def _common_multiplier(problem: _Problem) -> float | None:
+    """Return eta, for the norms as they are, of one large pool of alike groups on the CPU; None for any other."""
+    alike = all(given.numel() == 1 for given in (problem.step, problem.a, problem.d))
+    if not (problem.norms.is_cpu and problem.pool is None and alike and problem.norms.numel() >= 32 * _SAMPLE):
+        return None
+    whole = _Part(problem, slice(0))
+    b, budget = float(whole.offset()), float(problem.budget / problem.d)
+    if not (0 < b <= _LONGEST_ALIKE and budget > 0):
+        return None
+    sample, root = _sampled(problem)
+    spread = min(4 / float(sample.budget / sample.d) ** 0.5, 1.0)
+    start = float(root.eta / root.largest * torch.sqrt(whole.cut(problem.a) / whole.cut(problem.d)))
+    if problem.debiased:
+        start /= 1 - float(whole.ridge())
+    if root.slack or not start > 0:
+        alive = sample.norms[sample.norms > 0]
+        start, spread = (1 + b) / float(alive.min() if alive.numel() > 0 else torch.inf), 3.0
+    return threshold.multiplier(problem.norms, b, budget, start, spread=spread) if start > 0 else None
 
 
 def _search(problem: _Problem, start: _Root, low: Tensor, high: Tensor) -> _Root:

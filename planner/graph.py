@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from planner.axes import Ids, Propagation, Slice, kind, propagate, shape
+from planner.axes import Ids, Propagation, Slice, kind, shape
 from planner.blocks import Block, find_blocks, module_path
+from planner.evaluation import evaluating
 from planner.operations import Choice, Extent, Operation, find_operations
+from planner.rules import propagate
 from profiles.errors import PlanError
 
 log = logging.getLogger(__name__)
@@ -90,10 +92,10 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
     Raises PlanError with the operation and the file:line if the model does not run on the inputs or cannot be exported.
     """
     program = _export(model, inputs)
-    names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    names = _names(program, model)
     nodes = list(program.graph.nodes)
-    state = propagate(nodes, names)
-    blocks = find_blocks(nodes, names, model)
+    state = propagate(nodes, names, frozenset(name for name, _ in model.named_parameters()))
+    blocks = find_blocks(nodes, names, model, inputs=program.graph_signature.user_inputs)
     groups, members = _components(state)
     widths = _widths(state, groups, members, blocks)
     operations = find_operations(nodes, state, partial(_extent, widths, members), blocks)
@@ -103,24 +105,38 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     shapes = ", ".join("x".join(map(str, x.shape)) for x in inputs)
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    except Exception as error:
-        raise PlanError(f"the model does not run on inputs of shape {shapes}: {_reason(error)}") from error
-    try:
-        return torch.export.export(model, inputs, strict=False)
-    except Exception as error:
-        raise PlanError(
-            f"the model cannot be traced on inputs of shape {shapes}: {_reason(error)}; "
-            "torch.export must be able to follow it without data-dependent Python branches"
-        ) from error
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model):
+        try:
+            with torch.no_grad():
+                model(*inputs)
+        except Exception as error:
+            raise PlanError(f"the model does not run on inputs of shape {shapes}: {_reason(error)}") from error
+        try:
+            return torch.export.export(model, inputs, strict=False)
+        except Exception as error:
+            raise PlanError(
+                f"the model cannot be traced on inputs of shape {shapes}: {_reason(error)}; "
+                "torch.export must be able to follow it without data-dependent Python branches"
+            ) from error
+
+
+def aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Return all names of each parameter and buffer, by the first: the one that groups, slices and plans go by."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        names.setdefault(id(tensor), []).append(name)
+    return {same[0]: same for same in names.values()}
+
+
+def _names(program: ExportedProgram, model: nn.Module) -> dict[str, str]:
+    """Return the parameter or buffer behind each placeholder, by its first name."""
+    first = {name: same for same, names in aliases(model).items() for name in names}
+    given = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    return {placeholder: first.get(name, name) for placeholder, name in given.items()}
 
 
 def _reason(error: BaseException) -> str:
@@ -161,12 +177,22 @@ def _widths(state: Propagation, groups: Ids, members: Ids, blocks: tuple[Block, 
         of_unit = np.append(np.where(inside, number[groups], -1), -1)  # the last entry serves units of -1
         slices = [Slice(s.tensor, s.axis, of_unit[s.units], s.penalised) for s in state.slices]
         paths = [module_path(node) or node.name for node in makers]
+        owned = tuple(s for s in slices if (s.units >= 0).any())
         names[paths[0]] += 1
         name = paths[0] if names[paths[0]] == 1 else f"{paths[0]}#{names[paths[0]]}"
         block = next((b.name for b in blocks if all(node.name in b.body for node in makers)), None)
-        owned = tuple(s for s in slices if (s.units >= 0).any())
-        widths.append(Width(name, len(kept), owned, frozen.get(label), tuple(paths), block))
+        why = frozen.get(label) or _uneven(owned, len(kept))
+        widths.append(Width(name, len(kept), owned, why, tuple(paths), block))
     return tuple(widths)
+
+
+def _uneven(slices: tuple[Slice, ...], size: int) -> str | None:
+    """Return why the number of channels kept would not say how long every axis becomes, or None."""
+    for piece in slices:
+        counts = np.bincount(piece.units[piece.units >= 0], minlength=size)
+        if counts.min() != counts.max():
+            return f"only some of its channels reach {piece.tensor}"
+    return None
 
 
 def _extent(widths: tuple[Width, ...], members: Ids, units: Ids | None, size: int) -> Extent:
@@ -180,6 +206,10 @@ def _extent(widths: tuple[Width, ...], members: Ids, units: Ids | None, size: in
 
 
 def _fingerprint(nodes: list[Node], names: dict[str, str], inputs: object) -> str:
-    """Return a hash of the operations, the parameters' names and shapes, and the inputs: not of the weights."""
-    lines = [f"{names.get(node.name, node.op)} {kind(node)} {shape(node)}" for node in nodes]
+    """Return a hash of the operations, the parameters' names and shapes, and the inputs: not of weights or devices."""
+    lines = []
+    for node in nodes:
+        options = {key: value for key, value in node.kwargs.items() if key != "device"}
+        given = f" {node.args} {options}" if node.op == "call_function" else ""
+        lines.append(f"{names.get(node.name, node.op)} {kind(node)} {shape(node)}{given}")
     return hashlib.sha256("\n".join([*lines, str(inputs)]).encode()).hexdigest()[:16]

@@ -1,5 +1,6 @@
 """Importance: what cutting each candidate alone costs, in one currency for widths and depth."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from planner.blocks import Block
+from planner.evaluation import evaluating
 from planner.graph import Graph, Width
 from planner.groups import Groups, group
 from planner.structures import Depth, Filter, Structure
@@ -36,7 +39,7 @@ def magnitude(model: nn.Module, graph: Graph, candidates: Candidates) -> Importa
         share = squares.cumsum(0) / squares.sum().clamp_min(1e-30)
         widths[name] = {count: max(0.0, 1 - float(share[count - 1])) for count in counts}
     blocks = {block.name: 1.0 for block in graph.blocks if not block.frozen}
-    return Importance("magnitude", widths, blocks, {block.stage: 0.5 for block in graph.blocks})
+    return Importance("magnitude", widths, blocks, {block.stage: 0.5 for block in graph.blocks if not block.frozen})
 
 
 def measured(
@@ -44,12 +47,26 @@ def measured(
 ) -> Importance:
     """Measure the loss with each candidate cut alone, channels ranked by first-order Taylor on their group.
 
+    The model evaluates meanwhile and is left as it was; the loss is a mean over the batch.
+
     γ of a stage is such that removing all its blocks costs what it was measured to cost: the sum of single removals
     misses that a residual stage can spare any one of its blocks, not all of them.
     """
+    device = next(model.parameters()).device
+    batches = [(x.to(device), y.to(device)) for x, y in batches]
+    with evaluating(model):
+        return _measured(model, graph, candidates, batches, loss=loss, progress=progress)
+
+
+def _measured(
+    model: nn.Module, graph: Graph, candidates: Candidates, batches: Sequence[Batch], *, loss: Loss, progress: Progress
+) -> Importance:
     free = [block for block in graph.blocks if not block.frozen]
+    of_stage: dict[str, list[Block]] = defaultdict(list)
+    for block in free:
+        of_stage[block.stage].append(block)
     narrowings = sum(count < graph.width[name].size for name, counts in candidates.items() for count in counts)
-    total, done = narrowings + len(free) + len({block.stage for block in free}), 0
+    total, done = narrowings + len(free) + len(of_stage), 0
 
     def rise(structures: Sequence[Structure], kept: Tensor) -> float:
         nonlocal done
@@ -71,8 +88,7 @@ def measured(
         widths[name] = rises
     blocks = {block.name: rise([Depth(block)], torch.zeros(1)) for block in free}
     stages = {}
-    for stage in {block.stage for block in free}:
-        members = [block for block in free if block.stage == stage]
+    for stage, members in of_stage.items():
         together = rise([Depth(block) for block in members], torch.zeros(len(members)))
         stages[stage] = max(0.0, together - sum(blocks[b.name] for b in members)) / len(members) ** 2
     return Importance("measured", widths, blocks, stages)
@@ -94,19 +110,17 @@ def _masked(model: nn.Module, groups: Groups, kept: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def _mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
-    model.eval()
     losses = [loss(model(x), y).float() * len(y) for x, y in batches]
     return float(torch.stack(losses).sum()) / sum(len(y) for _, y in batches)
 
 
 def _taylor(model: nn.Module, widths: Sequence[Width], batches: Sequence[Batch], loss: Loss) -> dict[str, Tensor]:
     """Return for each width |Σ w·∂L/∂w| of its channels: what the loss loses to first order when they go."""
-    model.eval()
     groups = group([Filter(width) for width in widths], model)
     parameters = dict(model.named_parameters())
     members = list(dict.fromkeys(member.tensor for member in groups.members))
     scores = torch.zeros(groups.count, device=groups.structure.device)
-    for x, y in batches:
+    for x, y in batches if members else ():
         gradients = torch.autograd.grad(loss(model(x), y), [parameters[name] for name in members])
         products = {n: parameters[n].detach() * g for n, g in zip(members, gradients, strict=True)}
         scores += groups.sums(products).abs()

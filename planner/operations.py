@@ -87,11 +87,13 @@ def _operation(
     axis = len(shape(source)) - 1 if kind(node) == "linear" else len(shape(source)) - len(kernel) - 1
     size = shape(source)
     inputs = extent(state.of(source)[axis], size[axis])
-    grouped = kind(node) != "linear" and arg(node, 6, "groups", 1) > 1
+    groups = 1 if kind(node) == "linear" else arg(node, 6, "groups", 1)
+    grouped = groups > 1
     positions = math.prod(shape(node)) // outputs
     macs = positions * math.prod(kernel) * (per_group if grouped else 1)
     spatial = size[axis + 1 :] if kernel else size[:-1]
     words = [_KINDS[grouped, per_group == 1] + kind(node), "x".join(map(str, kernel)), _geometry(node, kernel)]
+    words += [f"g{groups}" if grouped and per_group > 1 else ""]
     words += ["@" + "x".join(map(str, (size[0], *spatial) if kernel else spatial)), _epilogue(node)]
     outgoing = extent(state.of(node)[axis], outputs)
     name = module_path(node) or node.name

@@ -67,7 +67,7 @@ class Program:
     def _add_operation(self, operation: Operation) -> None:
         parts = dict(operation.inputs.parts + operation.outputs.parts)
         names = [name for name in parts if name in self.candidates]
-        blocks = [self.leaves[name] for name in operation.blocks if name in self.leaves]
+        blocks = [variable for name, variable in self.leaves.items() if name in operation.blocks]
         options = list(product(*(self.candidates[name] for name in names)))
         prices = [self._price(operation, dict(zip(names, option, strict=True))) for option in options]
         if not blocks and not names:
@@ -112,6 +112,8 @@ class Program:
     def solve(self, objective: Terms, *, budget: float | None) -> tuple[Choice, Proof] | None:
         """Return the best choice within `budget` and its proof, or None if nothing fits."""
         unit = max(self.cost.values(), default=1.0)  # HiGHS's tolerances are absolute: rows are scaled to about 1
+        if not self.integral:
+            self.variable(integral=False)  # nothing can be chosen, but HiGHS wants a variable
         rows = list(self.rows)
         if budget is not None:
             rows.append(({j: v / unit for j, v in self.cost.items()}, -_INFINITY, (budget - self.constant_s) / unit))

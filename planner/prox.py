@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pools:
-    """The groups of a plan with their WGSEF weights a, costs d, pool ids, (m,) each, and budgets k, (p,)."""
+    """The groups of a plan with their WGSEF weights a, costs d, pool ids, (m,) each, and budgets k, (p,), in float64.
+
+    In float32 a budget that is a sum of costs could round below the sum.
+    """
 
     names: tuple[str, ...]
     groups: Groups
@@ -31,29 +34,29 @@ class Pools:
 
     def costs(self, kept: Tensor) -> Tensor:
         """Return the cost of the groups `kept`, (m,) bool, in each pool, (p,) float64."""
-        sums = torch.zeros(len(self.k), dtype=torch.float64, device=self.d.device)
-        return sums.index_add_(0, self.pool, torch.where(kept, self.d.double(), 0.0))
+        return torch.zeros_like(self.k).index_add_(0, self.pool, torch.where(kept, self.d, 0.0))
 
     def select(self, norms: Tensor) -> Tensor:
         """Return the groups to keep, (m,) bool: by x²/(a·d), as many as the budgets pay for.
 
         A group that no longer fits is passed over, and what is left of the budget goes to the next that fits.
         """
-        gain = norms.double() ** 2 / (self.a.double() * self.d.double())
+        gain = norms.double() ** 2 / (self.a * self.d)
         order = gain.argsort(descending=True, stable=True)
         order = order[self.pool[order].argsort(stable=True)]
-        budget = self.k.double() * (1 + 1e-9)
+        budget = self.k * (1 + 1e-9)
         kept = torch.zeros_like(norms, dtype=torch.bool)
         while True:
             left = budget - self.costs(kept)
             open_ = order[(~kept & (self.d <= left[self.pool]))[order]]
             if not len(open_):
                 return kept
-            spent = self.d[open_].double().cumsum(0)
+            costs = self.d[open_]
+            spent = costs.cumsum(0)
             first = torch.ones_like(open_, dtype=torch.bool)
             first[1:] = self.pool[open_][1:] != self.pool[open_][:-1]
-            before = torch.where(first, spent - self.d[open_], 0.0).cummax(0).values  # what earlier pools spent
-            kept[open_[spent - before <= left[self.pool[open_]]]] = True
+            before = torch.where(first, spent - costs, 0.0).cummax(0).values  # what earlier pools spent
+            kept[open_[first | (spent - before <= left[self.pool[open_]])]] = True
 
 
 def pools(plan: Plan, model: nn.Module, graph: Graph) -> Pools:
@@ -67,16 +70,17 @@ def pools(plan: Plan, model: nn.Module, graph: Graph) -> Pools:
     device = groups.structure.device
 
     def per_group(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[groups.structure]
+        return torch.tensor(values, dtype=torch.float64, device=device)[groups.structure]
 
-    owner = torch.tensor([i for i, pool in enumerate(plan.pools) for _ in pool.members], device=device)
+    owners = [i for i, pool in enumerate(plan.pools) for _ in pool.members]
+    owner = torch.tensor(owners, dtype=torch.int64, device=device)
     return Pools(
         tuple(pool.name for pool in plan.pools),
         groups,
         per_group([a for pool in plan.pools for a in pool.weights]),
         per_group([d for pool in plan.pools for d in pool.costs]),
         owner[groups.structure],
-        torch.tensor([pool.budget for pool in plan.pools], dtype=torch.float32, device=device),
+        torch.tensor([pool.budget for pool in plan.pools], dtype=torch.float64, device=device),
     )
 
 
@@ -104,7 +108,7 @@ def _harden(state: Pools, parameters: Mapping[str, Tensor]) -> tuple[Tensor, int
 
 @dataclass(frozen=True)
 class Schedule:
-    """The prox step sizes λ_t = 2·total·t/steps², t = 1..steps, whose sum is `total` whatever the learning rate.
+    """The prox step sizes λ_t = 2·total·t/(steps·(steps + 1)), t = 1..steps, whose sum is `total`; none exceeds 1/2.
 
     A redundant group is gone after Σλ of 3 to 4; λ is learning rate × strength, so the strength follows the optimizer's
     rate. Pools with budget 0 fade: their budget falls linearly from their full cost.
@@ -114,8 +118,8 @@ class Schedule:
     total: float = 6.0
 
     def step_size(self, t: int) -> float:
-        """Return λ_t, below 1/2 so that the de-biased prox is single-valued for a <= 2."""
-        return min(2 * self.total * t / self.steps**2, 0.5)
+        """Return λ_t, at most 1/2 so that the de-biased prox is single-valued for a < 2."""
+        return min(2 * self.total * t / (self.steps * (self.steps + 1)), 0.5)
 
     def budgets(self, t: int, target: Tensor, full: Tensor) -> Tensor:
         """Return the budgets at step t, (p,)."""
@@ -137,7 +141,7 @@ class Proximal:
         self._state = state
         self._parameters = dict(model.named_parameters())
         self._debiased = debiased
-        self._full = state.costs(torch.ones_like(state.pool, dtype=torch.bool)).to(state.k.dtype)
+        self._full = state.costs(torch.ones_like(state.pool, dtype=torch.bool))
         self._kept: Tensor | None = None
 
     @property
@@ -158,6 +162,8 @@ class Proximal:
         if self._kept is None and self.taken <= self.schedule.steps:
             k = self.schedule.budgets(self.taken, state.k, self._full)
             norms = state.groups.norms(self._parameters)
+            if norms.is_cpu and not norms.isfinite().all():  # elsewhere, looking would stop the device
+                raise PlanError(f"training diverged: weights not finite at step {self.taken}; lower the learning rate")
             size = self.schedule.step_size(self.taken)
             scale = envelope.scale(norms, size, state.a, state.d, k, pool=state.pool, debiased=self._debiased)
             state.groups.scale_(self._parameters, scale)
@@ -193,6 +199,8 @@ def attach(plan: Plan, model: nn.Module, optimizer: Optimizer, *, steps: int = 1
     held = {id(parameter) for parameters in optimizer.param_groups for parameter in parameters["params"]}
     parameters = dict(model.named_parameters())
     missing = [member.tensor for member in state.groups.members if id(parameters[member.tensor]) not in held]
+    if plan.debiased and (state.a >= 2).any():
+        raise PlanError(f"a pool has weight {float(state.a.max()):g}; the de-biased form takes weights below 2")
     if missing:
         raise PlanError(f"the optimizer does not train {missing[0]}, which the plan cuts; give it model.parameters()")
     proximal = Proximal(state, model, Schedule(steps, total), debiased=plan.debiased)

@@ -118,7 +118,7 @@ class Plan(_Part):
         return hashlib.sha256(canonical(self.model_dump(mode="json"))).hexdigest()
 
     def save(self, path: Path | str) -> None:
-        """Write the plan as JSON, atomically, one width a line, with its digest."""
+        """Write the plan as JSON with its digest, atomically."""
         content = {**self.model_dump(mode="json"), "sha256": self.sha256}
         atomic.write_text(path, json.dumps(content, indent=1) + "\n")
 

@@ -1,13 +1,15 @@
 """Structures: each says which weights form a group, as integer group-id maps over parameters, and nothing else."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from planner.blocks import Block
+from planner.blocks import Block as ResidualBlock
 from planner.graph import Width
+from profiles.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Filter:
 class Depth:
     """One residual block: the scale and shift that end its body, so that zeros leave the bare shortcut."""
 
-    block: Block
+    block: ResidualBlock
 
     @property
     def name(self) -> str:
@@ -56,5 +58,142 @@ class Depth:
             yield tensor, torch.zeros([1] * len(shapes[tensor]), dtype=torch.int64)
 
 
-Structure = Filter | Depth
+@dataclass(frozen=True)
+class Block:
+    """Contiguous runs of `quantum` channels of one width: what a device computes at once. The last may be shorter."""
+
+    width: Width
+    quantum: int
+
+    @property
+    def name(self) -> str:
+        """The width's name and the quantum."""
+        return f"{self.width.name}/{self.quantum}"
+
+    @property
+    def count(self) -> int:
+        """The number of groups."""
+        return -(-self.width.size // self.quantum)
+
+    def maps(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (parameter, group ids broadcastable to its shape); -1 marks weights that belong to no group."""
+        for tensor, ids in Filter(self.width).maps(shapes):
+            yield tensor, torch.where(ids < 0, -1, ids // self.quantum)
+
+
+@dataclass(frozen=True)
+class Channel:
+    """The input channels of one layer: W[:, c] (Wen et al. 2016)."""
+
+    tensor: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        """The weight's name."""
+        return self.tensor
+
+    @property
+    def count(self) -> int:
+        """The number of groups."""
+        return self.size
+
+    def maps(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (parameter, group ids broadcastable to its shape)."""
+        yield self.tensor, torch.arange(self.size).view([-1 if i == 1 else 1 for i in range(len(shapes[self.tensor]))])
+
+
+@dataclass(frozen=True)
+class FilterShape:
+    """The positions of a kernel per input channel: the shape fibres W[:, c, y, x] (Wen et al. 2016)."""
+
+    tensor: str
+    shape: tuple[int, ...]  # input channels and kernel: the weight's shape without its first dimension
+
+    @property
+    def name(self) -> str:
+        """The weight's name."""
+        return self.tensor
+
+    @property
+    def count(self) -> int:
+        """The number of groups."""
+        return math.prod(self.shape)
+
+    def maps(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (parameter, group ids broadcastable to its shape)."""
+        yield self.tensor, torch.arange(self.count).view(1, *self.shape)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Attention heads: runs of `size` outputs of the projections whose zeros silence a head, and their biases."""
+
+    tensors: tuple[str, ...]  # e.g. the weights and biases of query, key and value
+    count: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        """The first tensor's name."""
+        return self.tensors[0]
+
+    def maps(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (parameter, group ids broadcastable to its shape); fused projections hold the heads several times."""
+        for tensor in self.tensors:
+            times = shapes[tensor][0] // (self.count * self.size)
+            ids = torch.arange(self.count).repeat_interleave(self.size).repeat(times)
+            yield tensor, ids.view([-1 if i == 0 else 1 for i in range(len(shapes[tensor]))])
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Every weight of one tensor is a group."""
+
+    tensor: str
+    count: int
+
+    @property
+    def name(self) -> str:
+        """The weight's name."""
+        return self.tensor
+
+    def maps(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (parameter, group ids of its shape)."""
+        yield self.tensor, torch.arange(self.count).view(shapes[self.tensor])
+
+
+@dataclass(frozen=True)
+class NM:
+    """N of every M weights that follow each other along the input axis: a pool per M weights, budget N each."""
+
+    tensor: str
+    count: int
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m or self.count % self.m:
+            raise PlanError(f"{self.tensor}: {self.n}:{self.m} does not divide {self.count} weights")
+
+    @property
+    def name(self) -> str:
+        """The weight's name and the pattern."""
+        return f"{self.tensor} {self.n}:{self.m}"
+
+    @property
+    def runs(self) -> int:
+        """Weights per pool: the structure has count / runs pools."""
+        return self.m
+
+    def maps(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (parameter, group ids of its shape), counted along the input axis first."""
+        shape = shapes[self.tensor]
+        if shape[1] % self.m:
+            raise PlanError(f"{self.tensor} has {shape[1]} inputs, which {self.m} does not divide; keep it dense")
+        order = torch.arange(self.count).view(shape[0], *shape[2:], shape[1])
+        yield self.tensor, order.movedim(-1, 1)
+
+
+Structure = Filter | Block | Channel | FilterShape | Head | Depth | NM | Weight
 """The closed set of structures."""

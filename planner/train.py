@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
+from planner.evaluation import evaluating
 from planner.importance import Loss
 from planner.prox import Proximal, attach
 from planner.spec import Plan
@@ -118,7 +119,7 @@ def fit(
 
 
 def _epoch(run: _Run, train: Batches, recipe: Recipe, loss: Loss) -> Iterator[Moment]:
-    """Train for one epoch, reporting about eight times."""
+    """Train for one epoch, reporting about eight times; raises PlanError if the loss is not finite."""
     if (set_epoch := getattr(train, "set_epoch", None)) is not None:
         set_epoch(run.epoch)
     run.model.train()
@@ -135,7 +136,10 @@ def _epoch(run: _Run, train: Batches, recipe: Recipe, loss: Loss) -> Iterator[Mo
         run.optimizer.step()
         total, since = total + value.detach(), since + 1
         if (index + 1) % every == 0 or index + 1 == len(train):
-            yield _moment(run, step + 1, len(train), float(total) / since)
+            mean = float(total) / since
+            if not math.isfinite(mean):
+                raise PlanError(f"training diverged: the loss is {mean} at step {step + 1}; lower the learning rate")
+            yield _moment(run, step + 1, len(train), mean)
             total, since = torch.zeros((), device=device), 0
 
 
@@ -154,7 +158,7 @@ def _identity(recipe: Recipe, plan: Plan | None, batches: int) -> str:
 
 
 def _save(run: _Run, path: Path, identity: str) -> None:
-    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in run.model.state_dict().items()}
+    tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in run.model.state_dict().items()}
     for name, parameter in run.model.named_parameters():
         buffer = run.optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
@@ -177,16 +181,21 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
-            return file.metadata(), tensors
+            about = file.metadata() or {}
+            return {name: about[name] for name in ("identity", "epoch", "history")}, tensors
     except Exception as error:
-        raise PlanError(f"{path} is not a whole checkpoint ({error}); remove it to train from the start") from error
+        raise PlanError(f"{path} is not a whole checkpoint ({error!r}); remove it to train from the start") from error
 
 
 def _restore(run: _Run, path: Path, identity: str) -> None:
     about, tensors = _read(path)
-    if about.get("identity") != identity:
+    if about["identity"] != identity:
         raise PlanError(f"{path} belongs to another training (recipe or plan differ); remove it to start")
-    run.model.load_state_dict(_part(tensors, "model."))
+    weights, own = _part(tensors, "model."), run.model.state_dict()
+    wrong = [name for name in own.keys() | weights.keys() if _size(own, name) != _size(weights, name)]
+    if wrong:
+        raise PlanError(f"{path} belongs to another model ({min(wrong)} differs); remove it to start")
+    run.model.load_state_dict(weights)
     momentum = _part(tensors, "momentum.")
     for name, parameter in run.model.named_parameters():
         if name in momentum:
@@ -199,6 +208,10 @@ def _restore(run: _Run, path: Path, identity: str) -> None:
     log.info("continuing %s after epoch %d", path, run.epoch)
 
 
+def _size(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
+
+
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -206,14 +219,12 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Return the share of `batches` that `model` classifies as they are labelled, in evaluation mode."""
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     right = total = 0
-    for x, y in batches:
-        right += int((model(x.to(device)).argmax(1).cpu() == y.cpu()).sum())
-        total += len(y)
-    model.train(training)
+    with evaluating(model):
+        for x, y in batches:
+            right += int((model(x.to(device)).argmax(1).cpu() == y.cpu()).sum())
+            total += len(y)
     return right / total
 
 
@@ -222,14 +233,14 @@ def recalibrate_(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
     """Replace every BatchNorm's running statistics by the average over `batches`, as is needed after a cut."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the cumulative average
-    training = model.training
-    model.train()
     device = next(model.parameters()).device
-    for x, _ in batches:
-        model(x.to(device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.train(training)
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train().momentum = None  # the cumulative average
+        try:
+            for x, _ in batches:
+                model(x.to(device))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

@@ -4,7 +4,7 @@
 
 Handwritten digits, a small residual network, a quarter of every inner width (uniform, so that only training differs).
 All methods start from the same dense weights of a seed, and end on the same budget: the support is fixed half way, and
-what is left trains on. Printed are the mean and the standard deviation over seeds of the accuracy on the test images of the
+what is left trains on. Printed are the mean and the standard deviation over seeds of the accuracy on test images of the
 rebuilt model, of the accuracy right after the support is fixed, and the share of runs whose support met the budget
 by itself, before it was made exact.
 """

@@ -1,0 +1,132 @@
+"""The multiplier of one large pool of alike groups on the CPU, in a few passes that keep no vector.
+
+Where all groups have the same weight, cost and step, u_j = clip(eta x_j - b, 0, 1) is 0 up to the norm b / eta and 1 from
+(1 + b) / eta on. Sums of norms clipped to these, in the dtype of the norms, narrow eta down. Then one pass counts the
+groups whose branch of the clip is the same at both ends of a narrow interval, and sums those between: what is affine on
+the interval is solved exactly, and the number of the other groups bounds the error.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["factors_", "multiplier"]
+
+_PASSES = 12  # at most, before the other search is tried; 2 or 3 are usual
+_CHUNK = 1 << 17  # stays in the cache
+_NARROW = 2e-3  # the relative half-width from which on counting pays
+_RANGE = {torch.float32: 1e30, torch.float64: 1e280}  # norms up to it have finite sums
+_ERROR = {torch.float32: 1e-7, torch.float64: 1e-14}  # allowed, relative to eta
+_LEAST_WIDTH = {torch.float32: 1e-6, torch.float64: 1e-13}  # well above the rounding of the thresholds
+
+
+def multiplier(norms: Tensor, b: float, budget: float, start: float, *, spread: float) -> float | None:
+    """Return eta with sum clip(eta x_j - b, 0, 1) = budget; inf where no more than `budget` norms are above 0.
+
+    The search begins between start / (1 + spread) and start (1 + spread). None where it ends in doubt: when norms are
+    tied at a threshold, or none lies between the two.
+    """
+    dtype = torch.float64 if norms.dtype == torch.float64 else torch.float32
+    eta, width = start, spread
+    for _ in range(_PASSES):
+        if not 1 / _RANGE[dtype] < b / eta < (1 + b) / eta < _RANGE[dtype]:
+            return None
+        if width > _NARROW:
+            points = (eta / (1 + width), eta, eta * (1 + width))
+            spent = _spent(norms, b, points)
+            if spent[2] < budget and int(norms.count_nonzero()) <= budget * (1 + 16 * torch.finfo(torch.float64).eps):
+                return torch.inf
+            eta, width = _narrowed(points, [each - budget for each in spent])
+            width = max(width, _LEAST_WIDTH[dtype])
+            continue
+        found, error = _solved(norms, b, budget, eta, width)
+        if not abs(found / eta - 1) < width:
+            width *= 8
+        elif error <= _ERROR[dtype]:
+            return found
+        else:
+            eta, width = found, max(4 * error, _LEAST_WIDTH[dtype])
+    return None
+
+
+def factors_(factors: Tensor, norms: Tensor, eta: float, ridge: float, *, debiased: bool) -> Tensor:
+    """Fill the factors of the prox, which may be the norms themselves: exactly 0 up to the lower threshold.
+
+    De-biased they are exactly 1 from the upper threshold on: the slope is raised by what rounding may take.
+    """
+    low = ridge / ((1 - ridge) * eta) if debiased else ridge / eta
+    highest = 1.0 if debiased else 1 / (1 + ridge)
+    if low == 0:
+        return factors.fill_(highest)
+    for x, part in zip(_chunks(norms), factors.split(_CHUNK), strict=True):
+        above = x.clamp(min=low)
+        factor = (above - low).div_(above)
+        if debiased:
+            factor.mul_((1 + 2 * torch.finfo(x.dtype).eps) / (1 - ridge))
+        part.copy_(factor.clamp_(max=highest))
+    return factors
+
+
+def _chunks(norms: Tensor) -> Iterator[Tensor]:
+    for part in norms.split(_CHUNK):
+        yield part if part.dtype in _RANGE else part.float()
+
+
+def _spent(norms: Tensor, b: float, points: Sequence[float]) -> list[float]:
+    """Return the sums of u at several multipliers, with the rounding of the dtype of the norms."""
+    sums = [0.0] * len(points)
+    for x in _chunks(norms):
+        for i, eta in enumerate(points):
+            sums[i] += float(x.clamp(b / eta, (1 + b) / eta).sum())
+    return [eta * each - b * norms.numel() for eta, each in zip(points, sums, strict=True)]
+
+
+def _narrowed(points: Sequence[float], excess: Sequence[float]) -> tuple[float, float]:
+    """Return eta and the half-width of where it is sure to be looked for next, from three points."""
+    first, middle, last = points
+    step = last / middle
+    if excess[2] < 0:
+        return last * step**3, step**3 - 1
+    if excess[0] > 0:
+        return first / step**3, step**3 - 1
+    i = 0 if excess[1] > 0 else 1
+    low, high, below, above = points[i], points[i + 1], excess[i], excess[i + 1]
+    if not below < above:
+        return middle, 0.0
+    chord = low - below * (high - low) / (above - below)
+    if not excess[0] < excess[1] < excess[2]:
+        return chord, (high - low) / low
+    curve = _inverse_parabola(points, excess)
+    if not low <= curve <= high:
+        return chord, (high - low) / low
+    return curve, abs(curve - chord) / curve
+
+
+def _inverse_parabola(points: Sequence[float], excess: Sequence[float]) -> float:
+    """Return where the parabola through three points (excess, eta) has no excess."""
+    (x, y, z), (f, g, h) = points, excess
+    return x * g * h / ((f - g) * (f - h)) + y * f * h / ((g - f) * (g - h)) + z * f * g / ((h - f) * (h - g))
+
+
+def _solved(norms: Tensor, b: float, budget: float, eta: float, width: float) -> tuple[float, float]:
+    """Solve the part that is affine between eta (1 - width) and eta (1 + width); return the root and its error."""
+    zero, full = b / (eta * (1 - width)), (1 + b) / (eta * (1 + width))  # between them u is affine on the interval
+    zero_last, full_last = b / (eta * (1 + width)), (1 + b) / (eta * (1 - width))  # beyond them u is 0 or 1 on it
+    total = inside = touched = above = 0.0
+    for x in _chunks(norms):
+        ones = torch.ones_like(x)
+        total += float(_where_between(x, x, zero, full).sum())
+        inside += float(_where_between(ones, x, zero, full).sum())
+        touched += float(_where_between(ones, x, zero_last, full_last).sum())
+        above += float(torch.ge(x, full, out=ones).sum())
+    spent = budget - above + b * inside  # by eta times the total
+    if not (total > 0 and spent > 0):
+        return torch.nan, torch.inf
+    return spent / total, (touched - inside) * (1 + b) * 2 * width / (1 - width) / spent
+
+
+def _where_between(values: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """Return the values where low < x < high, and 0 elsewhere: one pass, where comparisons would take four."""
+    result: Tensor = torch.ops.aten.hardtanh_backward(values, x, low, high)
+    return result

@@ -1,0 +1,139 @@
+"""Importance says what a cut costs, and measuring it leaves no trace."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import planner
+from planner.graph import trace
+from planner.groups import group
+from planner.importance import magnitude, measured
+from planner.structures import Filter
+from tools.examples.resnet import ResNet
+
+from . import nets
+from .nets import PIXELS, Sum, conv, looking_trained, masked
+
+GENERATOR = torch.Generator().manual_seed(0)
+BATCHES = [
+    (torch.randn(12, 3, 8, 8, generator=GENERATOR), torch.arange(12) % 5),
+    (torch.randn(4, 3, 8, 8, generator=GENERATOR), torch.arange(4) % 5),
+]
+
+
+def blocks_net() -> nn.Module:
+    """Two blocks of one stage and a frozen addition."""
+    blocks = [Sum(conv(6, 4), nn.ReLU(), conv(4, 6), nn.BatchNorm2d(6)) for _ in range(3)]
+    head = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)]
+    return looking_trained(nn.Sequential(conv(3, 6), *blocks, *head))
+
+
+def mean_loss(model: nn.Module) -> float:
+    """Return the mean loss over all samples."""
+    x, y = (torch.cat(parts) for parts in zip(*BATCHES, strict=True))
+    with torch.no_grad():
+        return float(cross_entropy(copy.deepcopy(model).eval()(x), y))
+
+
+def ignore(done: int, total: int) -> None:
+    """Watch nothing."""
+
+
+def options(model: nn.Module) -> tuple[planner.Graph, dict[str, tuple[int, ...]]]:
+    """Return the graph, and every width of each cuttable one as a candidate."""
+    graph = trace(model, (torch.ones(PIXELS),))
+    return graph, {width.name: tuple(range(1, width.size + 1)) for width in graph.cuttable if not width.is_stream}
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = looking_trained(ResNet(1, (6, 6, 6))).train()
+    model.get_submodule("bn1").eval()
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    graph, candidates = options(model)
+    measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=ignore)
+    assert [module.training for module in model.modules()] == modes
+    for name, tensor in model.state_dict().items():
+        assert tensor.numpy().tobytes() == before[name].numpy().tobytes()  # -0.0 is not 0.0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_cut_costs_what_it_says() -> None:
+    model = blocks_net()
+    graph, candidates = options(model)
+    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=ignore)
+    base = mean_loss(model)
+    assert found.name == "measured"
+    for block in graph.blocks:
+        rise = max(0.0, mean_loss(masked(model, graph, {}, [block.name])) - base)
+        assert found.blocks[block.name] == pytest.approx(rise, abs=1e-5)
+    for name, rises in found.widths.items():
+        size = graph.width[name].size
+        assert rises[size] == 0
+        assert list(rises) == list(range(size, 0, -1))
+        assert list(rises.values()) == sorted(rises.values())
+        subsets = itertools.combinations(range(size), size - 1)
+        ones = [max(0.0, mean_loss(masked(model, graph, {name: torch.tensor(kept)})) - base) for kept in subsets]
+        assert any(rises[size - 1] == pytest.approx(one, abs=1e-5) for one in ones)
+
+
+def test_the_taylor_score_spares_channels_that_matter() -> None:
+    model = blocks_net()
+    graph, candidates = options(model)
+    name = next(iter(candidates))
+    model = masked(model, graph, {name: torch.tensor([1, 3])})  # the others are worth nothing
+    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=ignore)
+    assert found.widths[name][2] == pytest.approx(0, abs=1e-6)
+    assert found.widths[name][1] > 1e-4
+
+
+def test_gamma_reproduces_the_joint_loss() -> None:
+    model = blocks_net()
+    graph, candidates = options(model)
+    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=ignore)
+    names = [block.name for block in graph.blocks]
+    (stage,) = {block.stage for block in graph.blocks}
+    together = mean_loss(masked(model, graph, {}, names)) - mean_loss(model)
+    alone = sum(found.blocks[name] for name in names)
+    assert alone + found.stages[stage] * len(names) ** 2 == pytest.approx(max(alone, together), abs=1e-4)
+
+
+def test_progress_counts_every_measurement_once() -> None:
+    model = blocks_net()
+    graph, candidates = options(model)
+    seen: list[tuple[int, int]] = []
+    measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=lambda *step: seen.append(step))
+    total = sum(len(counts) - 1 for counts in candidates.values()) + len(graph.blocks) + 1
+    assert seen == [(step, total) for step in range(1, total + 1)]
+
+
+def test_nothing_to_cut_is_measured_as_nothing() -> None:
+    model, graph = nets.example("tied weights")
+    found = measured(model, graph, {}, BATCHES, loss=cross_entropy, progress=ignore)
+    assert (found.widths, found.blocks, found.stages) == ({}, {}, {})
+
+
+def test_magnitude_is_the_share_of_the_squared_norm_that_goes() -> None:
+    model = blocks_net()
+    graph, candidates = options(model)
+    found = magnitude(model, graph, candidates)
+    for name, counts in candidates.items():
+        squares = group([Filter(graph.width[name])], model).norms(dict(model.named_parameters())).square()
+        weakest_first = squares.sort().values
+        for count in counts:
+            lost = float(weakest_first[: len(squares) - count].sum() / squares.sum())
+            assert found.widths[name][count] == pytest.approx(lost, abs=1e-5)
+    assert set(found.blocks) == {block.name for block in graph.blocks}
+    assert found.stages == {graph.blocks[0].stage: 0.5}
+
+
+def test_a_plan_takes_measured_importance() -> None:
+    model = blocks_net()
+    graph, candidates = options(model)
+    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=ignore)
+    plan = planner.plan(model, (torch.ones(PIXELS),), nets.anywhere(), latency=0.6, importance=found)
+    assert plan.importance == "measured"
+    assert plan.predicted.fraction <= 0.6

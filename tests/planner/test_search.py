@@ -1,0 +1,452 @@
+"""The plan is the best one within the budget, by brute force; its file is whole or refused; tables are fitted well."""
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, combinations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import planner
+import profiles
+from planner import Importance, LatencyTable, Plan
+from planner.graph import Graph, trace
+from planner.latency import Entry, Probe, Rules, fit, keys
+from planner.operations import Choice
+from planner.program import Program
+from planner.search import budget, candidates, useful, with_global_budget
+from profiles.errors import PlanError
+from tools.examples.resnet import ResNet
+
+from . import nets
+from .nets import PIXELS, Sum, conv, example
+
+INPUTS = (torch.ones(PIXELS),)
+X86 = ["x86_64_v4.onnxruntime.fp32", "x86_64_v3.openvino.fp32", "aarch64.xnnpack.fp32", "nvidia-a100.cublas.fp16"]
+
+
+def table_of(graph: Graph, cost: Mapping[tuple[str, int, int], float], **about: Any) -> LatencyTable:
+    """Return a table with these costs."""
+    entries = tuple(
+        Entry(operation=operation, inputs=inputs, outputs=outputs, latency_s=seconds, probes=1)
+        for (operation, inputs, outputs), seconds in cost.items()
+    )
+    content = {"profile": "any.pytorch.fp32", "runtime": "pytorch", "runtime_version": "1", "device": "test"}
+    content |= {"threads": 1, "created": "today", "fingerprint": graph.fingerprint, "overhead_s": 1e-5}
+    return LatencyTable(**{**content, "entries": entries, "probes": (), "mean_error": 0, "max_error": 0, **about})
+
+
+# --- the integer program against brute force ----------------------------------------------------------------------
+
+
+def _chain_of_blocks() -> nn.Module:
+    """Three blocks of one stage with a width each, and two ordinary widths."""
+    blocks = [Sum(conv(6, 5), nn.ReLU(), conv(5, 6), nn.BatchNorm2d(6)) for _ in range(3)]
+    return nn.Sequential(conv(3, 7), nn.ReLU(), conv(7, 6), *blocks, conv(6, 8), nn.ReLU(), conv(8, 4))
+
+
+PROBLEMS = {
+    "pairs of widths": lambda: nn.Sequential(conv(3, 9), nn.ReLU(), conv(9, 9), conv(9, 9), conv(9, 9), conv(9, 2)),
+    "blocks of one stage": _chain_of_blocks,
+    "nested blocks": nets.nested,
+    "joined widths": nets.densely_connected,
+    "residual": lambda: ResNet(1, (6, 6, 6)),
+}
+
+
+def posed(name: str, seed: int) -> tuple[Program, Importance, LatencyTable, dict[str, tuple[int, ...]]]:
+    """Return a problem with random costs, losses and super-additive terms."""
+    dice = random.Random(f"{name}{seed}")
+    graph = trace(PROBLEMS[name](), INPUTS)
+    options = {
+        width.name: tuple(sorted({*dice.sample(range(1, width.size), min(2, width.size - 1)), width.size}))
+        for width in graph.cuttable
+        if not width.is_stream
+    }
+    table = table_of(graph, {key: dice.uniform(0.2, 1) * 1e-3 for key in keys(graph, options)})
+    importance = Importance(
+        "random",
+        {name: {n: dice.uniform(0, 1) * (n < max(counts)) for n in counts} for name, counts in options.items()},
+        {block.name: dice.uniform(0, 0.5) for block in graph.blocks},
+        {block.stage: dice.uniform(0, 0.5) for block in graph.blocks},
+    )
+    return Program(graph, options, table), importance, table, options
+
+
+def subsets(names: Sequence[str]) -> list[frozenset[str]]:
+    return [frozenset(chosen) for chosen in chain(*(combinations(names, n) for n in range(len(names) + 1)))]
+
+
+def every_choice(
+    graph: Graph, options: Mapping[str, Sequence[int]], importance: Importance, table: LatencyTable
+) -> list[tuple[float, float, Choice]]:
+    """Return (loss, seconds, choice) of everything that can be chosen, computed without the program."""
+    rows = []
+    for removed in subsets([block.name for block in graph.blocks]):
+        gone = {name for name in options if graph.width[name].block in removed}
+        for counts in product(*(options[name] if name not in gone else (0,) for name in options)):
+            keep = dict(zip(options, counts, strict=True))
+            loss = sum(importance.widths[name][count] for name, count in keep.items() if name not in gone)
+            loss += sum(importance.blocks[name] for name in removed)
+            for stage, gamma in importance.stages.items():
+                loss += gamma * sum(block.stage == stage for block in graph.blocks if block.name in removed) ** 2
+            choice = Choice(keep, removed)
+            rows.append((loss, table.latency(graph, graph.choice(keep, removed)), choice))
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_program_finds_the_optimum_of_brute_force(name: str, seed: int) -> None:
+    program, importance, table, options = posed(name, seed)
+    graph = program.graph
+    rows = every_choice(graph, options, importance, table)
+    dense_s = table.latency(graph, graph.dense)
+    floor_s = min(seconds for _, seconds, _ in rows)
+    program.add_choices()
+    program.add_costs()
+    losses = program.losses(importance)
+    for fraction in (1.0, 0.7, 0.4, 0.1):
+        limit = floor_s + fraction * (dense_s - floor_s) + 1e-9
+        best = min(loss for loss, seconds, _ in rows if seconds <= limit)
+        found = program.solve(losses, budget=limit)
+        assert found is not None
+        choice, proof = found
+        assert [loss for loss, _, row in rows if row == choice] == [pytest.approx(best, abs=1e-6)]
+        assert proof.objective == pytest.approx(best, abs=1e-6)
+        assert (proof.status, proof.gap) == ("optimal", 0)
+        assert proof.bound == pytest.approx(proof.objective, abs=1e-6)
+        assert table.latency(graph, graph.choice(choice.keep, choice.removed)) <= limit * (1 + 1e-6)
+    assert program.solve(losses, budget=floor_s * 0.99) is None
+
+
+def test_the_cost_is_exact_at_every_integer_point() -> None:
+    program, importance, table, options = posed("nested blocks", 0)
+    graph = program.graph
+    program.add_choices()
+    program.add_costs()
+    for _, seconds, choice in every_choice(graph, options, importance, table):
+        held = [program.keeps[name, count] for name, count in choice.keep.items() if count]
+        forced = {**dict.fromkeys(held, -100.0)}
+        forced |= {variable: -1000.0 if name in choice.removed else 1000.0 for name, variable in program.leaves.items()}
+        objective = {j: program.cost.get(j, 0.0) + forced.get(j, 0.0) for j in {*program.cost, *forced}}
+        found = program.solve(objective, budget=None)
+        assert found is not None
+        assert found[0] == choice
+        assert found[1].objective - sum(forced[j] for j in held) + 1000 * len(choice.removed) == pytest.approx(
+            seconds - program.constant_s, abs=1e-6
+        )
+
+
+# --- budgets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        (0.5, 2e-3), ("0.5", 2e-3), (1, 4e-3), ("50 %", 2e-3), ("50%", 2e-3), ("100 %", 4e-3), (" 25 % ", 1e-3),
+        ("3 ms", 3e-3), ("3ms", 3e-3), ("3000 us", 3e-3), ("3000 µs", 3e-3), ("0.003 s", 3e-3), ("3e-3 s", 3e-3),
+        ("1e-3", 4e-6), ("9 ms", 9e-3), (np.float64(0.5), 2e-3),
+    ],
+)  # fmt: skip
+def test_budgets_are_read(given: float | str, seconds: float) -> None:
+    assert budget(given, 4e-3, measured=True) == pytest.approx(seconds)
+
+
+NO_BUDGETS = [
+    *("", "fast", "-1", 0, -0.5, "0 %", "150 %", 1.5, "1.5"),
+    *("3 m", "ms", "1 2 ms", "nan", "inf", "1e999 ms", True),
+]
+
+
+@pytest.mark.parametrize("given", NO_BUDGETS)
+def test_what_is_no_budget_is_refused(given: float | str) -> None:
+    with pytest.raises(PlanError, match="is not a fraction of the dense latency"):
+        budget(given, 4e-3, measured=True)
+
+
+def test_seconds_need_a_table() -> None:
+    with pytest.raises(PlanError, match=r"'3 ms' needs a table measured on the device; run `espalier calibrate`"):
+        budget("3 ms", 4e-3, measured=False)
+
+
+def test_a_budget_below_the_floor_names_the_floor() -> None:
+    model, graph = example("residual, option B")
+    with pytest.raises(PlanError, match=r"budget 0\.01 of dense is below the floor 0\.\d+ of dense that .*--latency"):
+        planner.plan(model, INPUTS, nets.anywhere(), latency=0.01)
+    options = candidates(graph, nets.anywhere())
+    table = table_of(graph, dict.fromkeys(keys(graph, options), 1e-3))
+    with pytest.raises(PlanError, match=r"0\.125 of dense \(2 ms\) is below the floor 0\.25 of dense \(4\.01 ms\)"):
+        planner.plan(model, INPUTS, nets.anywhere(), latency="2 ms", table=table)
+
+
+@pytest.mark.parametrize("name", ["residual, option B", "VGG", "MobileNet", "bottleneck", "densely connected"])
+def test_the_floor_can_be_planned(name: str) -> None:
+    model, _ = example(name)
+    with pytest.raises(PlanError) as refused:
+        planner.plan(model, INPUTS, nets.anywhere(), latency=1e-6)
+    floor = float(str(refused.value).split("floor ")[1].split(" ")[0])
+    plan = planner.plan(model, INPUTS, nets.anywhere(), latency=floor * 1.01)
+    assert plan.predicted.fraction == pytest.approx(floor, rel=0.01)
+
+
+# --- candidates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile_id", X86)
+def test_candidates_are_multiples_of_the_quantum(profile_id: str) -> None:
+    profile, graph = profiles.load(profile_id), trace(ResNet(1, (64, 96, 200)), INPUTS)
+    quantum = max(profile.quantum("conv2d", "out_channels"), profile.quantum("conv2d", "in_channels"))
+    assert quantum > 1
+    found = candidates(graph, profile)
+    assert list(found) == ["layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]
+    for name, counts in found.items():
+        dense = graph.width[name].size
+        assert counts[-1] == dense
+        assert list(counts) == sorted(set(counts))
+        assert {count % quantum for count in counts if count not in (dense, quantum // 2)} <= {0}
+        assert len(counts) <= 14
+
+
+def test_half_a_quantum_is_a_candidate_as_padding_may_reward_it() -> None:
+    profile = profiles.load("x86_64_v4.onnxruntime.fp32")
+    graph = trace(nn.Sequential(conv(16, 64), nn.ReLU(), nn.Conv2d(64, 16, 1)), (torch.ones(1, 16, 8, 8),))
+    assert candidates(graph, profile) == {"0": (8, 16, 32, 48, 64)}
+
+
+def test_streams_stay_whole() -> None:
+    _, graph = example("residual, option B")
+    assert set(candidates(graph, nets.anywhere())) == {f"layer{i}.{j}.conv1" for i in (1, 2, 3) for j in (0, 1)}
+
+
+def test_useful_drops_widths_that_cost_as_much_as_a_wider_one() -> None:
+    graph = trace(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 2)), INPUTS)
+    stairs = {8: 8.0, 7: 8.0, 6: 6.0, 5: 7.0, 4: 5.0, 3: 5.0, 2: 1.0, 1: 2.0}
+    cost = {key: stairs[key[2]] if key[1] == 3 else 0.0 for key in keys(graph, {"0": range(1, 9)})}
+    assert useful(graph, table_of(graph, cost), {"0": range(1, 9)}) == {"0": (2, 4, 6, 8)}
+
+
+def test_useful_knows_the_staircase_of_a_profile() -> None:
+    graph = trace(nn.Sequential(conv(16, 64), nn.ReLU(), conv(64, 16)), (torch.ones(1, 16, 8, 8),))
+    rules = Rules(profiles.load("x86_64_v4.onnxruntime.fp32"))
+    assert useful(graph, rules, {"0": range(16, 65)}) == {"0": (16, 32, 48, 64)}
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("latency", [1.0, 0.6, "30 %"])
+@pytest.mark.parametrize("name", ["residual, option B", "MobileNet", "VGG", "functional"])
+def test_a_plan_survives_its_file(name: str, latency: float | str, tmp_path: Path) -> None:
+    model, graph = example(name)
+    plan = planner.plan(model, INPUTS, nets.anywhere(), latency=latency)
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert loaded.sha256 == plan.sha256
+    assert plan.predicted.fraction <= plan.target_fraction * (1 + 1e-6)
+    full = graph.choice(plan.choice.keep, plan.choice.removed)
+    assert plan.predicted.macs == graph.macs(full) <= plan.predicted.dense_macs
+    assert plan.graph(model).fingerprint == graph.fingerprint
+
+
+def test_rules_alone_predict_ratios_and_never_seconds() -> None:
+    plan = planner.plan(ResNet(1, (64, 64, 64)), INPUTS, profiles.load("x86_64_v4.onnxruntime.fp32"), latency=0.5)
+    predicted = plan.predicted
+    assert (predicted.basis, predicted.dense_s, predicted.latency_s) == ("rules", None, None)
+    assert 0 < predicted.fraction <= 0.5
+    assert {width.keep % 16 for width in plan.widths if width.keep not in (0, 8, width.dense)} <= {0}
+    assert {pool.name: pool.budget for pool in plan.pools} == {
+        **{width.name: width.keep for width in plan.widths if 0 < width.keep < width.dense},
+        **{block.name: 0 for block in plan.blocks if block.removed},
+    }
+
+
+def test_everything_may_stay() -> None:
+    model, _ = example("tied weights")  # nothing in it is a candidate
+    plan = planner.plan(model, INPUTS, nets.anywhere(), latency=1)
+    assert (plan.widths, plan.blocks, plan.pools, plan.predicted.fraction) == ((), (), (), 1)
+    with pytest.raises(PlanError, match="below the floor 1 "):
+        planner.plan(model, INPUTS, nets.anywhere(), latency=0.9)
+
+
+def test_a_model_without_layers_cannot_be_planned() -> None:
+    with pytest.raises(PlanError, match="no convolution or linear layer"):
+        planner.plan(nn.ReLU(), INPUTS, nets.anywhere(), latency=0.5)
+
+
+def _cut_off(text: str) -> str:
+    return text[:-20]
+
+
+def _edited(text: str) -> str:
+    return text.replace('"target_fraction": 0.6', '"target_fraction": 0.7')
+
+
+def _newer(text: str) -> str:
+    return text.replace('"schema_version": 1', '"schema_version": 2')
+
+
+def _with_a_stranger(text: str) -> str:
+    return text.replace('"schema_version": 1', '"schema_version": 1, "speed": "fast"')
+
+
+def _too_wide(text: str) -> str:
+    return text.replace('"dense": 8', '"dense": 1')
+
+
+def _unsigned(text: str) -> str:
+    return json.dumps({key: value for key, value in json.loads(text).items() if key != "sha256"})
+
+
+SPOILT: dict[str, tuple[Callable[[str], str], str]] = {
+    "truncated": (_cut_off, "is truncated or not JSON"),
+    "empty": (lambda _: "", "is truncated or not JSON"),
+    "a list": (lambda _: "[]", "document: Input should be a valid dictionary"),
+    "edited": (_edited, "was edited after it was written"),
+    "unsigned": (_unsigned, "was edited after it was written"),
+    "of another version": (_newer, "schema_version: Input should be 1"),
+    "with an unknown key": (_with_a_stranger, "speed: Extra inputs are not permitted"),
+    "that keeps more than there is": (_too_wide, r"widths\.\d+: .* keeps \d+ of 1 channels"),
+    "without blocks": (lambda text: text.replace('"blocks"', '"clocks"'), "blocks: Field required"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_plan_is_refused(case: str, tmp_path: Path) -> None:
+    spoil, said = SPOILT[case]
+    path = tmp_path / "plan.json"
+    planner.plan(example("residual, option B")[0], INPUTS, nets.anywhere(), latency=0.6).save(path)
+    before = path.read_text()
+    path.write_text(spoil(before))
+    assert path.read_text() != before
+    with pytest.raises(PlanError, match=f"plan.json:? {said}.*make it again with `espalier plan`"):
+        Plan.load(path)
+
+
+def test_an_absent_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"plan.json cannot be read: No such file.*make it with `espalier plan`"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_importance_must_cover_the_candidates() -> None:
+    model, graph = example("VGG")
+    short = Importance("measured", {"0": {8: 0.0}}, {}, {})
+    with pytest.raises(PlanError, match=r"'measured' does not say what cutting 0 at \d costs"):
+        planner.plan(model, INPUTS, nets.anywhere(), latency=0.5, importance=short)
+    assert graph.blocks == ()
+
+
+def test_a_global_budget_pools_what_costs_time(tmp_path: Path) -> None:
+    model, _ = example("residual, option B")
+    plan = planner.plan(model, INPUTS, nets.anywhere(), latency=0.5)
+    shared = with_global_budget(plan, model)
+    pool = shared.pools[0]
+    narrowed = [width for width in plan.widths if 0 < width.keep < width.dense]
+    assert pool.members == tuple(width.name for width in narrowed)
+    assert pool.budget == pytest.approx(sum(width.keep * width.cost_s for width in narrowed))
+    assert max(pool.weights) == 1
+    assert list(shared.pools[1:]) == [other for other in plan.pools if other.structure == "depth"]
+    shared.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == shared
+    free = plan.model_copy(
+        update={"widths": tuple(w.model_copy(update={"cost_s": 0.0}) if w == narrowed[0] else w for w in plan.widths)}
+    )
+    kept = with_global_budget(free, model).pools
+    assert [own.budget for own in kept if own.members == (narrowed[0].name,)] == [narrowed[0].keep]
+    with pytest.raises(PlanError, match="nothing to share"):
+        with_global_budget(planner.plan(model, INPUTS, nets.anywhere(), latency=1.0), model)
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def _true_costs(graph: Graph, options: Mapping[str, Sequence[int]]) -> dict[tuple[str, int, int], float]:
+    """Return costs that are a rate per kind of operation times the work, plus a launch, with a step every 4 outputs."""
+    dice = random.Random(0)
+    rate = {operation.signature: dice.uniform(0.5, 2.0) * 1e-10 for operation in graph.operations}
+    macs = {operation.signature: operation.macs_per_pair for operation in graph.operations}
+    return {
+        (signature, inputs, outputs): 2e-6 + rate[signature] * macs[signature] * inputs * -(-outputs // 4) * 4
+        for signature, inputs, outputs in keys(graph, options)
+    }
+
+
+def _one_at_a_time(graph: Graph, options: Mapping[str, Sequence[int]]) -> list[Choice]:
+    return [graph.choice({name: count}) for name, counts in options.items() for count in counts]
+
+
+def _at_random(graph: Graph, options: Mapping[str, Sequence[int]], count: int, *, seed: int) -> list[Choice]:
+    dice = random.Random(seed)
+    return [
+        graph.choice(
+            {name: dice.choice(counts) for name, counts in options.items()},
+            frozenset(block.name for block in graph.blocks if dice.random() < 0.3),
+        )
+        for _ in range(count)
+    ]
+
+
+def _measured_choice(graph: Graph, table: LatencyTable, choice: Choice, *, noise: float) -> Probe:
+    seconds = table.latency(graph, choice) * (1 + noise)
+    about = {"relative": 1.0, "ci95_s": (seconds, seconds), "runs": 1, "held_out": False}
+    return Probe(keep=dict(choice.keep), removed=tuple(sorted(choice.removed)), latency_s=seconds, **about)
+
+
+@pytest.mark.parametrize(("noise", "allowed"), [(0.0, 0.01), (0.01, 0.03)])
+def test_fitting_recovers_an_additive_cost_model(noise: float, allowed: float) -> None:
+    graph = trace(ResNet(2, (16, 24, 32)), INPUTS)
+    options = {name: (*counts[2:-1:4], counts[-1]) for name, counts in candidates(graph, nets.anywhere()).items()}
+    truth = table_of(graph, _true_costs(graph, options))
+    errors = np.random.default_rng(0)
+    probes = [
+        _measured_choice(graph, truth, choice, noise=noise * errors.standard_normal())
+        for choice in [*_one_at_a_time(graph, options), *_at_random(graph, options, 24, seed=1)]
+    ]
+    overhead_s, entries = fit(graph, nets.anywhere(), keys(graph, options), probes)
+    found = table_of(graph, {}, entries=entries, overhead_s=overhead_s)
+    unseen = _at_random(graph, options, 40, seed=2)
+    wrong = [found.latency(graph, choice) / truth.latency(graph, choice) - 1 for choice in unseen]
+    assert np.abs(wrong).mean() < allowed
+    assert {(e.operation, e.inputs, e.outputs) for e in entries} == set(keys(graph, options))
+    assert all(entry.latency_s >= 0 for entry in entries)
+
+
+def test_a_missing_entry_is_refused_with_the_operation() -> None:
+    model, graph = example("VGG")
+    options = candidates(graph, nets.anywhere())
+    cost = dict.fromkeys(keys(graph, options), 1e-3)
+    missing = next(key for key in cost if key[1:] == (8, 6))
+    del cost[missing]
+    with pytest.raises(PlanError, match=rf"no entry for {missing[0]} 8->6 \(3\); run `espalier calibrate`"):
+        planner.plan(model, INPUTS, nets.anywhere(), latency=0.5, table=table_of(graph, cost))
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"fingerprint": "0" * 16}, "made for another model or input shape"),
+        ({"profile": "x86_64_v4.onnxruntime.fp32"}, "measured for profile x86_64_v4.onnxruntime.fp32, not any.pytorch"),
+    ],
+)
+def test_a_table_of_something_else_is_refused(about: dict[str, str], said: str) -> None:
+    model, graph = example("VGG")
+    cost = dict.fromkeys(keys(graph, candidates(graph, nets.anywhere())), 1e-3)
+    with pytest.raises(PlanError, match=said):
+        planner.plan(model, INPUTS, nets.anywhere(), latency=0.5, table=table_of(graph, cost, **about))
+
+
+def test_a_table_survives_its_file_and_a_spoilt_one_is_refused(tmp_path: Path) -> None:
+    graph = example("VGG")[1]
+    table = table_of(graph, dict.fromkeys(keys(graph, candidates(graph, nets.anywhere())), 1e-3))
+    path = tmp_path / "table.json"
+    table.save(path)
+    assert LatencyTable.load(path) == table
+    path.write_text(path.read_text().replace("0.001", "0.002", 1))
+    with pytest.raises(PlanError, match=r"was edited after it was written.*espalier calibrate"):
+        LatencyTable.load(path)
