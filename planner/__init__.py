@@ -9,6 +9,7 @@ from planner.prox import Proximal, attach, harden_
 from planner.search import plan, with_global_budget
 from planner.spec import Plan
 from planner.structures import Depth, Filter, Structure
+from planner.tournament import loss_after
 from planner.train import Moment, Recipe, accuracy, fit, history, recalibrate_
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "group",
     "harden_",
     "history",
+    "loss_after",
     "magnitude",
     "measured",
     "plan",

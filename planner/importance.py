@@ -1,9 +1,9 @@
 """Importance: what cutting each candidate alone costs, in one currency for widths and depth."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from planner.structures import Depth, Filter, Structure
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 Candidates = Mapping[str, Sequence[int]]  # widths to consider for each named width, the dense one included
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,11 @@ class Importance:
     widths: Mapping[str, Mapping[int, float]]
     blocks: Mapping[str, float]
     stages: Mapping[str, float]
+    scores: Mapping[str, Tensor] = field(default_factory=dict)  # of each width's channels, (size,); else their norms
+
+    def with_depth_priced(self, factor: float) -> "Importance":
+        """Return the importance with γ multiplied by `factor`: at 0 blocks leave as if each were alone."""
+        return replace(self, stages={stage: gamma * factor for stage, gamma in self.stages.items()})
 
 
 def magnitude(model: nn.Module, graph: Graph, candidates: Candidates) -> Importance:
@@ -42,56 +46,83 @@ def magnitude(model: nn.Module, graph: Graph, candidates: Candidates) -> Importa
     return Importance("magnitude", widths, blocks, {block.stage: 0.5 for block in graph.blocks if not block.frozen})
 
 
+def questions(graph: Graph, candidates: Candidates) -> int:
+    """Return how many losses `measured` measures."""
+    free = [block for block in graph.blocks if not block.frozen]
+    narrowings = sum(count < graph.width[name].size for name, counts in candidates.items() for count in counts)
+    return narrowings + len(free) + len({block.stage for block in free})
+
+
 def measured(
-    model: nn.Module, graph: Graph, candidates: Candidates, batches: Sequence[Batch], *, loss: Loss, progress: Progress
+    model: nn.Module,
+    graph: Graph,
+    candidates: Candidates,
+    batches: Sequence[Batch],
+    *,
+    loss: Loss,
+    answers: MutableMapping[str, float] | None = None,
 ) -> Importance:
     """Measure the loss with each candidate cut alone, channels ranked by first-order Taylor on their group.
 
-    The model evaluates meanwhile and is left as it was; the loss is a mean over the batch.
+    The model evaluates meanwhile and is left as it was; the loss is a mean over the batch. `answers` takes each
+    measured rise as it is known, and what it holds already is not measured again.
 
-    γ of a stage is such that removing all its blocks costs what it was measured to cost: the sum of single removals
-    misses that a residual stage can spare any one of its blocks, not all of them.
+    γ of a stage is such that removing its cheaper half of blocks costs what it was measured to cost: the sum of single
+    removals misses that a residual stage can spare any one of its blocks, not many of them.
     """
     device = next(model.parameters()).device
     batches = [(x.to(device), y.to(device)) for x, y in batches]
     with evaluating(model):
-        return _measured(model, graph, candidates, batches, loss=loss, progress=progress)
+        scores = _taylor(model, [graph.width[name] for name in candidates], batches, loss)
+        asked = _Rises(model, batches, loss, {} if answers is None else answers)
+        widths = {name: asked.of_width(graph.width[name], counts, scores[name]) for name, counts in candidates.items()}
+        of_stage: dict[str, list[Block]] = defaultdict(list)
+        for block in graph.blocks:
+            if not block.frozen:
+                of_stage[block.stage].append(block)
+        blocks = {b.name: asked.of_blocks(f"block {b.name}", [b]) for found in of_stage.values() for b in found}
+        stages = {stage: asked.of_stage(stage, found, blocks) for stage, found in of_stage.items()}
+    return Importance("measured", widths, blocks, stages, scores)
 
 
-def _measured(
-    model: nn.Module, graph: Graph, candidates: Candidates, batches: Sequence[Batch], *, loss: Loss, progress: Progress
-) -> Importance:
-    free = [block for block in graph.blocks if not block.frozen]
-    of_stage: dict[str, list[Block]] = defaultdict(list)
-    for block in free:
-        of_stage[block.stage].append(block)
-    narrowings = sum(count < graph.width[name].size for name, counts in candidates.items() for count in counts)
-    total, done = narrowings + len(free) + len(of_stage), 0
+@dataclass
+class _Rises:
+    """The rise of the loss by what is cut."""
 
-    def rise(structures: Sequence[Structure], kept: Tensor) -> float:
-        nonlocal done
-        done += 1
-        progress(done, total)
-        with _masked(model, group(structures, model), kept):
-            return max(0.0, _mean_loss(model, batches, loss) - base)
+    model: nn.Module
+    batches: Sequence[Batch]
+    loss: Loss
+    answers: MutableMapping[str, float]
+    base: float | None = None
 
-    base = _mean_loss(model, batches, loss)
-    scores = _taylor(model, [graph.width[name] for name in candidates], batches, loss)
-    widths = {}
-    for name, counts in candidates.items():
+    def of_width(self, width: Width, counts: Sequence[int], scores: Tensor) -> dict[int, float]:
+        """Return the rise for each number of channels kept; cutting more never costs less: what looks so is noise."""
         worst, rises = 0.0, {}
         for count in sorted(counts, reverse=True):
-            kept = torch.zeros_like(scores[name])
-            kept[scores[name].topk(count).indices] = 1
-            worst = max(worst, rise([Filter(graph.width[name])], kept) if count < graph.width[name].size else 0.0)
-            rises[count] = worst  # cutting more never costs less: what looks so is noise
-        widths[name] = rises
-    blocks = {block.name: rise([Depth(block)], torch.zeros(1)) for block in free}
-    stages = {}
-    for stage, members in of_stage.items():
-        together = rise([Depth(block) for block in members], torch.zeros(len(members)))
-        stages[stage] = max(0.0, together - sum(blocks[b.name] for b in members)) / len(members) ** 2
-    return Importance("measured", widths, blocks, stages)
+            if count < width.size:
+                kept = torch.zeros_like(scores)
+                kept[scores.topk(count).indices] = 1
+                worst = max(worst, self._rise(f"{width.name} {count}", [Filter(width)], kept))
+            rises[count] = worst
+        return rises
+
+    def of_blocks(self, name: str, blocks: Sequence[Block]) -> float:
+        """Return the rise when these blocks leave."""
+        return self._rise(name, [Depth(block) for block in blocks], torch.zeros(len(blocks)))
+
+    def of_stage(self, stage: str, blocks: Sequence[Block], alone: Mapping[str, float]) -> float:
+        """Return γ: what the cheaper half of the blocks of a stage costs beyond the sum of each, by their number²."""
+        cheap = sorted(blocks, key=lambda block: alone[block.name])[: max(2, -(-len(blocks) // 2))]
+        together = self.of_blocks(f"stage {stage}", cheap)
+        return max(0.0, together - sum(alone[block.name] for block in cheap)) / len(cheap) ** 2
+
+    def _rise(self, name: str, structures: Sequence[Structure], kept: Tensor) -> float:
+        if name not in self.answers:
+            if self.base is None:
+                self.base = mean_loss(self.model, self.batches, self.loss)
+            with _masked(self.model, group(structures, self.model), kept):
+                self.answers[name] = max(0.0, mean_loss(self.model, self.batches, self.loss) - self.base)
+        return self.answers[name]
 
 
 @contextmanager
@@ -109,7 +140,8 @@ def _masked(model: nn.Module, groups: Groups, kept: Tensor) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
+def mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
+    """Return the mean of `loss` over all examples, in the mode that the model is in."""
     losses = [loss(model(x), y).float() * len(y) for x, y in batches]
     return float(torch.stack(losses).sum()) / sum(len(y) for _, y in batches)
 

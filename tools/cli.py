@@ -131,7 +131,8 @@ def calibrate(
     """Measure the latency table of what a model can become."""
     from tools import calibrate as calibration
     from tools.console import Stage
-    from tools.pipeline import chosen, one_thread
+    from tools.pipeline import chosen
+    from tools.planning import one_thread
     from tools.sources import example_inputs, load_data, load_model
 
     example = example_inputs(inputs, load_data(data).test if data else None)
@@ -188,13 +189,21 @@ def plan(
     """Choose widths and blocks for a latency budget; with --data, by the loss that each cut costs."""
     from tools.console import Stage
     from tools.explain import plan_table
-    from tools.pipeline import chosen, sensitivity
+    from tools.pipeline import chosen
+    from tools.planning import Brief, contest, sensitivity
     from tools.sources import example_inputs, load_data, load_model
 
     net, source = load_model(model, weights), load_data(data) if data else None
     example = example_inputs(inputs, source.test if source else None)
     device, costs = chosen(profile), LatencyTable.load(table) if table else None
-    importance = sensitivity(net, example, device, costs, source.train, Stage(console)) if source else None
+    importance = None
+    if source:
+        brief, graph, stage = (
+            Brief(net, example, device, latency, source.train),
+            planner.trace(net, example),
+            Stage(console),
+        )
+        importance = contest(brief, graph, costs, sensitivity(brief, graph, costs, stage), stage)
     made = planner.plan(net, example, device, latency=latency, table=costs, importance=importance)
     if global_budget:
         made = planner.with_global_budget(made, net)

@@ -2,16 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import planner
 import profiles
@@ -19,24 +15,18 @@ from backends.equivalence import equivalence
 from backends.rebuild import rebuild
 from backends.weights import save
 from planner import LatencyTable, Moment, Plan, Recipe
-from planner.importance import Importance
-from planner.latency import Rules
-from planner.search import candidates, useful
-from planner.train import Batches
 from profiles import Profile, atomic
 from profiles.errors import BuildError, EspalierError, ProfileError
 from tools import report
 from tools.batches import Data
-from tools.calibrate import Bench, bench, calibrate, refined
+from tools.calibrate import Bench, bench, calibrate
 from tools.console import Stage
 from tools.contenders import Contender, built, narrowed, rows, runtimes, timed, uniform
 from tools.outcome import Accuracy, Interval, Outcome, Step, Verdict, WidthRow
+from tools.planning import CLOSE, Brief, contest, one_thread, sensitivity, settled
 from tools.sources import example_inputs, load_data, load_model
 
-SENSITIVITY_IMAGES = 384
 OVER_BUDGET = 1.10  # measured / planned latency that still counts as the budget met
-CLOSE = 0.02  # a plan whose network is predicted within this needs no further refinement
-REFINEMENTS = 3  # how often the table may be refined by measuring the planned network
 
 
 @dataclass(frozen=True)
@@ -125,47 +115,17 @@ class Run:
         return table
 
     def plan(self, table: LatencyTable) -> tuple[Plan, LatencyTable]:
-        """Plan, measure the planned network, and plan again while the table is off there."""
+        """Plan, or reuse the plan; the table is the one that it was made with."""
         path = self.job.out / "plan.json"
         if path.exists():
             return Plan.load(path), table
-        importance = sensitivity(self.dense, self.inputs, self.profile, table, self.data.train, self.stage)
-        with self.stage.phase("plan") as phase, one_thread():
-            for attempt in range(REFINEMENTS + 1):
-                plan = planner.plan(
-                    self.dense, self.inputs, self.profile, latency=self.job.latency, table=table, importance=importance
-                )
-                if attempt == REFINEMENTS:
-                    break
-                better, error = refined(self.bench, table, plan.choice, progress=phase.step)
-                phase.note(f"the table was off by {error:+.1%} on the planned network")
-                if abs(error) < CLOSE:
-                    break
-                table = better
+        brief = Brief(self.dense, self.inputs, self.profile, self.job.latency, self.data.train)
+        importance = sensitivity(brief, self.bench.graph, table, self.stage)
+        importance = contest(brief, self.bench.graph, table, importance, self.stage)
+        plan, table = settled(brief, self.bench, table, importance, self.stage)
         table.save(self.job.out / "table.json")
         plan.save(path)
         return plan, table
-
-
-def sensitivity(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    profile: Profile,
-    table: LatencyTable | None,
-    train: Batches,
-    stage: Stage,
-) -> Importance:
-    """Measure, on a few hundred training images, what each candidate costs in loss."""
-    graph = planner.trace(model, inputs)
-    options = useful(graph, table or Rules(profile), candidates(graph, profile))
-    batches, images = [], 0
-    for x, y in train:
-        batches.append((x, y))
-        images += len(y)
-        if images >= SENSITIVITY_IMAGES:
-            break
-    with stage.phase("measure sensitivity") as phase:
-        return planner.measured(model, graph, options, batches, loss=cross_entropy, progress=phase.show)
 
 
 def chosen(profile: str | None) -> Profile:
@@ -176,17 +136,6 @@ def chosen(profile: str | None) -> Profile:
     if not found:
         raise ProfileError("no profile fits this machine; `espalier detect` says why, --profile names one anyway")
     return found[0]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run PyTorch on one thread within the block: small models and parity checks are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def begin(job: Job) -> None:

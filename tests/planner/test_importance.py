@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import planner
+from backends.rebuild import cut
 from planner.graph import trace
 from planner.groups import group
-from planner.importance import magnitude, measured
+from planner.importance import magnitude, measured, questions
 from planner.structures import Filter
 from tools.examples.resnet import ResNet
 
@@ -39,10 +40,6 @@ def mean_loss(model: nn.Module) -> float:
         return float(cross_entropy(copy.deepcopy(model).eval()(x), y))
 
 
-def ignore(done: int, total: int) -> None:
-    """Watch nothing."""
-
-
 def options(model: nn.Module) -> tuple[planner.Graph, dict[str, tuple[int, ...]]]:
     """Return the graph, and every width of each cuttable one as a candidate."""
     graph = trace(model, (torch.ones(PIXELS),))
@@ -54,7 +51,7 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     model.get_submodule("bn1").eval()
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     graph, candidates = options(model)
-    measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=ignore)
+    measured(model, graph, candidates, BATCHES, loss=cross_entropy)
     assert [module.training for module in model.modules()] == modes
     for name, tensor in model.state_dict().items():
         assert tensor.numpy().tobytes() == before[name].numpy().tobytes()  # -0.0 is not 0.0
@@ -64,7 +61,7 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
 def test_a_cut_costs_what_it_says() -> None:
     model = blocks_net()
     graph, candidates = options(model)
-    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=ignore)
+    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy)
     base = mean_loss(model)
     assert found.name == "measured"
     for block in graph.blocks:
@@ -85,7 +82,7 @@ def test_the_taylor_score_spares_channels_that_matter() -> None:
     graph, candidates = options(model)
     name = next(iter(candidates))
     model = masked(model, graph, {name: torch.tensor([1, 3])})  # the others are worth nothing
-    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=ignore)
+    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy)
     assert found.widths[name][2] == pytest.approx(0, abs=1e-6)
     assert found.widths[name][1] > 1e-4
 
@@ -93,26 +90,42 @@ def test_the_taylor_score_spares_channels_that_matter() -> None:
 def test_gamma_reproduces_the_joint_loss() -> None:
     model = blocks_net()
     graph, candidates = options(model)
-    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=ignore)
-    names = [block.name for block in graph.blocks]
+    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy)
     (stage,) = {block.stage for block in graph.blocks}
+    names = sorted(found.blocks, key=lambda name: found.blocks[name])[:2]  # the cheaper half, of three
     together = mean_loss(masked(model, graph, {}, names)) - mean_loss(model)
     alone = sum(found.blocks[name] for name in names)
     assert alone + found.stages[stage] * len(names) ** 2 == pytest.approx(max(alone, together), abs=1e-4)
 
 
-def test_progress_counts_every_measurement_once() -> None:
+def test_every_measurement_is_an_answer_and_is_not_made_twice() -> None:
     model = blocks_net()
     graph, candidates = options(model)
-    seen: list[tuple[int, int]] = []
-    measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=lambda *step: seen.append(step))
-    total = sum(len(counts) - 1 for counts in candidates.values()) + len(graph.blocks) + 1
-    assert seen == [(step, total) for step in range(1, total + 1)]
+    answers: dict[str, float] = {}
+    first = measured(model, graph, candidates, BATCHES, loss=cross_entropy, answers=answers)
+    assert len(answers) == questions(graph, candidates)
+    known = {question: answer + 1 for question, answer in answers.items()}
+    again = measured(model, graph, candidates, BATCHES, loss=cross_entropy, answers=known)
+    assert again.blocks == {name: rise + 1 for name, rise in first.blocks.items()}
+
+
+def test_loss_after_a_cut_is_that_of_the_masked_network() -> None:
+    model = blocks_net()
+    graph, candidates = options(model)
+    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy)
+    plan = planner.plan(model, (torch.ones(PIXELS),), nets.anywhere(), latency=0.6, importance=found)
+    before = copy.deepcopy(model.state_dict())
+    after = planner.loss_after(model, graph, plan, found, BATCHES, loss=cross_entropy)
+    kept = {w.name: found.scores[w.name].topk(w.keep).indices for w in plan.widths if 0 < w.keep < w.dense}
+    small = cut(model, graph, kept, plan.choice.removed)
+    planner.recalibrate_(small, BATCHES)
+    assert after == pytest.approx(mean_loss(small), rel=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_nothing_to_cut_is_measured_as_nothing() -> None:
     model, graph = nets.example("tied weights")
-    found = measured(model, graph, {}, BATCHES, loss=cross_entropy, progress=ignore)
+    found = measured(model, graph, {}, BATCHES, loss=cross_entropy)
     assert (found.widths, found.blocks, found.stages) == ({}, {}, {})
 
 
@@ -133,7 +146,7 @@ def test_magnitude_is_the_share_of_the_squared_norm_that_goes() -> None:
 def test_a_plan_takes_measured_importance() -> None:
     model = blocks_net()
     graph, candidates = options(model)
-    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy, progress=ignore)
+    found = measured(model, graph, candidates, BATCHES, loss=cross_entropy)
     plan = planner.plan(model, (torch.ones(PIXELS),), nets.anywhere(), latency=0.6, importance=found)
     assert plan.importance == "measured"
     assert plan.predicted.fraction <= 0.6

@@ -1,0 +1,43 @@
+"""Plans that differ in their mix of depth and width, told apart by the loss of the network that they leave.
+
+Losses of single cuts do not add up, for depth least of all, so the program's objective ranks such plans badly. Here
+each is cut, its BatchNorm statistics are taken anew, and its loss is measured before any training.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from planner.evaluation import evaluating
+from planner.graph import Graph
+from planner.groups import group
+from planner.importance import Batch, Importance, Loss, mean_loss
+from planner.spec import Plan
+from planner.structures import Depth, Filter
+from planner.train import recalibrate_
+
+
+def loss_after(
+    model: nn.Module, graph: Graph, plan: Plan, importance: Importance, batches: Sequence[Batch], *, loss: Loss
+) -> float:
+    """Return the mean loss over `batches` of a copy of `model` cut as planned, its BatchNorm statistics taken anew."""
+    masked = copy.deepcopy(model)
+    parameters = dict(masked.named_parameters())
+    for width in plan.widths:
+        if 0 < width.keep < width.dense:
+            groups = group([Filter(graph.width[width.name])], masked)
+            scores = importance.scores.get(width.name, groups.norms(parameters))
+            kept = torch.zeros_like(scores)
+            kept[scores.topk(width.keep).indices] = 1
+            groups.scale_(parameters, kept)
+    leaving = [Depth(graph.block[block.name]) for block in plan.blocks if block.removed]
+    if leaving:
+        groups = group(leaving, masked)
+        groups.scale_(parameters, torch.zeros_like(groups.structure, dtype=torch.float32))
+    device = next(masked.parameters()).device
+    batches = [(x.to(device), y.to(device)) for x, y in batches]
+    recalibrate_(masked, batches)
+    with evaluating(masked):
+        return mean_loss(masked, batches, loss)

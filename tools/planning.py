@@ -1,0 +1,165 @@
+"""From a table to a plan: what cuts cost in loss, which mix of depth and width is best, if the table holds there."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import planner
+from planner import Graph, Importance, LatencyTable, Plan
+from planner.importance import Batch, questions
+from planner.latency import Rules
+from planner.search import candidates, useful
+from planner.train import Batches
+from profiles import Profile, atomic
+from tools.calibrate import Bench, refined
+from tools.console import Stage
+
+SENSITIVITY_IMAGES = 384
+DEPTH_PRICES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # factors of γ whose plans are held against each other
+CLOSE = 0.02  # a plan whose network is predicted within this needs no further refinement
+REFINEMENTS = 3  # how often the table may be refined by measuring the planned network
+SAVE_EVERY_S = 2.0
+
+
+@dataclass
+class Answers(MutableMapping[str, float]):
+    """Measured losses that outlive an interruption: kept in a file, written every few seconds and at the end."""
+
+    path: Path
+    show: Callable[[int], None]
+    known: dict[str, float] = field(default_factory=dict)
+    written: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        try:
+            self.known.update({str(k): float(v) for k, v in json.loads(self.path.read_text()).items()})
+        except (OSError, ValueError, AttributeError, TypeError):
+            return  # nothing usable was kept
+
+    def __getitem__(self, question: str) -> float:
+        return self.known[question]
+
+    def __setitem__(self, question: str, answer: float) -> None:
+        self.known[question] = answer
+        self.show(len(self.known))
+        if time.monotonic() - self.written > SAVE_EVERY_S:
+            self.save()
+
+    def __delitem__(self, question: str) -> None:
+        del self.known[question]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.known)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def save(self) -> None:
+        """Write what is known."""
+        atomic.write_text(self.path, json.dumps(self.known, indent=1) + "\n")
+        self.written = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What is to be planned."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    profile: Profile
+    latency: str
+    train: Batches
+
+    @property
+    def batches(self) -> list[Batch]:
+        """A few hundred training examples."""
+        found: list[Batch] = []
+        for x, y in self.train:
+            found.append((x, y))
+            if sum(len(labels) for _, labels in found) >= SENSITIVITY_IMAGES:
+                break
+        return found
+
+
+def sensitivity(brief: Brief, graph: Graph, table: LatencyTable | None, stage: Stage) -> Importance:
+    """Measure what each candidate costs in loss; an interrupted measurement goes on where it was."""
+    options = useful(graph, table or Rules(brief.profile), candidates(graph, brief.profile))
+    batches, total = brief.batches, questions(graph, options)
+    path = user_cache_path("espalier") / "sensitivity" / f"{_identity(brief.model, graph, batches)}.json"
+    with stage.phase("measure sensitivity") as phase:
+        answers = Answers(path, lambda done: phase.show(min(done, total), total))
+        try:
+            return planner.measured(brief.model, graph, options, batches, loss=cross_entropy, answers=answers)
+        finally:
+            answers.save()
+
+
+def _identity(model: nn.Module, graph: Graph, batches: Sequence[Batch]) -> str:
+    """Return a digest of the weights and the data: what the answers depend on, beside the question."""
+    digest = hashlib.sha256(graph.fingerprint.encode())
+    for tensor in [*model.state_dict().values(), *(tensor for batch in batches for tensor in batch)]:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:20]
+
+
+def contest(brief: Brief, graph: Graph, table: LatencyTable | None, importance: Importance, stage: Stage) -> Importance:
+    """Return the importance whose price of depth gives the plan that leaves the best network.
+
+    Plans for several prices are cut, their BatchNorm statistics taken anew, and their losses compared.
+    """
+    best, least, seen = importance, float("inf"), set[str]()
+    batches = brief.batches
+    with stage.phase("compare depth with width") as phase:
+        for index, price in enumerate(DEPTH_PRICES):
+            priced = importance.with_depth_priced(price)
+            plan = made(brief, table, priced)
+            key = json.dumps([dict(plan.choice.keep), sorted(plan.choice.removed)])
+            if key not in seen:
+                seen.add(key)
+                loss = planner.loss_after(brief.model, graph, plan, importance, batches, loss=cross_entropy)
+                if loss < least:
+                    best, least = priced, loss
+            phase.step(f"{len(seen)} plans, best loss {least:.3f}", index + 1, len(DEPTH_PRICES))
+    return best
+
+
+def made(brief: Brief, table: LatencyTable | None, importance: Importance) -> Plan:
+    """Return the plan of a brief."""
+    return planner.plan(
+        brief.model, brief.inputs, brief.profile, latency=brief.latency, table=table, importance=importance
+    )
+
+
+def settled(
+    brief: Brief, bench: Bench, table: LatencyTable, importance: Importance, stage: Stage
+) -> tuple[Plan, LatencyTable]:
+    """Plan, measure the planned network, and plan again while the table is off there."""
+    with stage.phase("plan") as phase, one_thread():
+        for _ in range(REFINEMENTS):
+            plan = made(brief, table, importance)
+            better, error = refined(bench, table, plan.choice, progress=phase.step)
+            phase.note(f"the table was off by {error:+.1%} on the planned network")
+            if abs(error) < CLOSE:
+                return plan, table
+            table = better
+        return made(brief, table, importance), table
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run PyTorch on one thread within the block: small models and parity checks are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
