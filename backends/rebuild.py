@@ -12,7 +12,7 @@ from backends.equivalence import equivalence
 from planner.blocks import Block, bare_shortcut
 from planner.graph import Graph, aliases
 from planner.groups import group
-from planner.prox import excess
+from planner.pools import excess
 from planner.spec import Plan
 from planner.structures import Filter
 from profiles.errors import BuildError, PlanError

@@ -27,8 +27,8 @@ bracket is halved instead.
 
 Many pools, each with its own budget, are solved together, in float64 and relative to the largest norm of the pool, so
 that neither 1e30 nor 1e-40 is lost in float32. The groups are passed over in chunks: beside the result, a call with one
-pool holds one float64 vector (m,). Off the CPU nothing is read back to the host: the evaluations are fixed in number. A
-device without float64 (Apple's MPS) is not served.
+pool holds one float64 vector (m,), and none where `planner.threshold` serves it. Off the CPU nothing is read back to
+the host: the evaluations are fixed in number. A device without float64 (Apple's MPS) is not served.
 """
 
 from collections.abc import Iterator
@@ -46,8 +46,7 @@ _EVALUATIONS = 64  # at most: 16 is the worst of 1e5 random problems whose norms
 _TINY, _HUGE = 1e-150, 1e150  # stand for 0 and inf where a quotient must stay finite
 _EPS = torch.finfo(torch.float64).eps
 _CHUNK_CPU = 1 << 15  # stays in the cache, and on the calling thread: torch forks for longer tensors, at a loss
-_SAMPLE = 1 << 16  # of so many groups the multiplier is within about 0.5 %
-_LONGEST_ALIKE = 4.0  # the b up to which the norms' own precision does for the multiplier
+_SAMPLE = 1 << 14  # of so many groups the multiplier is within about 1 %
 _CHUNK_DEVICE = 1 << 22  # long enough to hide the launch of a kernel
 
 
@@ -59,7 +58,7 @@ def value(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | float
     Differentiable once, in norms: a_j x_j / u_j, and 0 (the least subgradient) at x_j = 0. A pool with k = 0 and a norm
     above zero has the value inf. Raises ValueError as `scale` does; off the CPU, non-finite norms give nan or inf.
     """
-    return _value(_problem(norms, a, d, k, pool), norms, debiased=False)
+    return _Value.apply(norms, _problem(norms, a, d, k, pool), False)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def debiased_value(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | float, *,
@@ -68,7 +67,7 @@ def debiased_value(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tenso
 
     It is summed without the cancellation of that difference. Arguments, gradient and errors are those of `value`.
     """
-    return _value(_problem(norms, a, d, k, pool), norms, debiased=True)
+    return _Value.apply(norms, _problem(norms, a, d, k, pool), True)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @torch.no_grad()
@@ -85,17 +84,20 @@ def scale(norms: Tensor, step: Tensor | float, a: Tensor | float, d: Tensor | fl
     outside 0..p-1, or step · a >= 1 in the de-biased form, whose prox is then not single-valued. Values are checked on
     the CPU only. Elsewhere every factor is 1 if any norm is not finite, and step · a is held below 1.
     """
-    problem = _stepped(_problem(norms, a, d, k, pool), step, a, debiased)
+    _check("step", step, "learning rate times strength must be finite and not negative")
+    problem = replace(_problem(norms, a, d, k, pool), step=_per_group("step", step, norms), debiased=debiased)
+    if debiased:
+        _check_single_valued(step, a)
     factors = torch.empty_like(problem.norms) if out is None else out
-    eta = _common_multiplier(problem)
-    if eta is not None:
-        return threshold.factors_(factors, norms, eta, float(_Part(problem, slice(0)).ridge()), debiased=debiased)
+    if (eta := _common_multiplier(problem)) is not None:
+        ridge = float(_Part(problem, slice(0)).ridge())
+        return threshold.factors_(factors, problem.norms, eta, ridge, debiased=debiased)
     sound = torch.isfinite(problem.norms.amax()) if not factors.is_cpu and factors.numel() > 0 else None
     root = _settled(problem, _root(problem))
     for part in problem.parts():
-        ridge = part.ridge()
-        u = torch.maximum(root.usage(part), (ridge == 0).double())
-        factors[part.span] = u / (torch.addcmul(u, ridge, 1 - u) if debiased else u + ridge)
+        r = part.ridge()
+        u = torch.maximum(root.usage(part), (r == 0).double())
+        factors[part.span] = u / (torch.addcmul(u, r, 1 - u) if debiased else u + r)
     return factors if sound is None else factors.masked_fill_(~sound, 1.0)
 
 
@@ -218,40 +220,23 @@ def _bracket(problem: _Problem, largest: Tensor) -> tuple[_Root, Tensor, Tensor]
 
 def _guess(problem: _Problem, largest: Tensor, otherwise: Tensor) -> Tensor:
     """Return where to start: in a large pool the multiplier of a sample of its groups, which saves half the passes."""
-    if problem.pool is not None or problem.norms.numel() < 32 * _SAMPLE:
-        return otherwise
-    _, root = _sampled(problem)
-    return torch.where(root.slack | (root.eta <= 0), otherwise, root.eta * (largest / root.largest))
-
-
-def _sampled(problem: _Problem) -> tuple[_Problem, _Root]:
-    """Return the problem of every n-th group of one pool, and its root."""
     stride = problem.norms.numel() // _SAMPLE
+    if problem.pool is not None or stride < 32:
+        return otherwise
     norms, step, a, d = (given if given.numel() == 1 else given[::stride].contiguous()
                          for given in (problem.norms, problem.step, problem.a, problem.d))
     budget = problem.budget * (norms.numel() / problem.norms.numel())
-    sample = replace(problem, norms=norms, step=step, a=a, d=d, budget=budget)
-    return sample, _root(sample)
+    root = _root(replace(problem, norms=norms, step=step, a=a, d=d, budget=budget))
+    return torch.where(root.slack | (root.eta <= 0), otherwise, root.eta * (largest / root.largest))
 
 
 def _common_multiplier(problem: _Problem) -> float | None:
-    """Return eta, for the norms as they are, of one large pool of alike groups on the CPU; None for any other."""
-    alike = all(given.numel() == 1 for given in (problem.step, problem.a, problem.d))
-    if not (problem.norms.is_cpu and problem.pool is None and alike and problem.norms.numel() >= 32 * _SAMPLE):
+    """Return eta, of the norms as they are, for one large pool of alike groups on the CPU; None for any other."""
+    alike = problem.pool is None and all(each.numel() == 1 for each in (problem.step, problem.a, problem.d))
+    if not alike or not problem.norms.is_cpu or problem.norms.numel() < threshold.LEAST_GROUPS:
         return None
-    whole = _Part(problem, slice(0))
-    b, budget = float(whole.offset()), float(problem.budget / problem.d)
-    if not (0 < b <= _LONGEST_ALIKE and budget > 0):
-        return None
-    sample, root = _sampled(problem)
-    spread = min(4 / float(sample.budget / sample.d) ** 0.5, 1.0)
-    start = float(root.eta / root.largest * torch.sqrt(whole.cut(problem.a) / whole.cut(problem.d)))
-    if problem.debiased:
-        start /= 1 - float(whole.ridge())
-    if root.slack or not start > 0:
-        alive = sample.norms[sample.norms > 0]
-        start, spread = (1 + b) / float(alive.min() if alive.numel() > 0 else torch.inf), 3.0
-    return threshold.multiplier(problem.norms, b, budget, start, spread=spread) if start > 0 else None
+    b, budget = _Part(problem, slice(0)).offset(), problem.budget / problem.d
+    return threshold.multiplier(problem.norms, float(b), float(budget))
 
 
 def _search(problem: _Problem, start: _Root, low: Tensor, high: Tensor) -> _Root:
@@ -309,11 +294,6 @@ def _spend(problem: _Problem, reach: Tensor, eta: Tensor) -> tuple[Tensor, Tenso
     return spent, rate
 
 
-def _value(problem: _Problem, norms: Tensor, *, debiased: bool) -> Tensor:
-    result: Tensor = _Value.apply(norms, problem, debiased)  # type: ignore[no-untyped-call]
-    return result
-
-
 class _Value(torch.autograd.Function):
     """GS or D: both are half the inner product of the norms and their gradient, being homogeneous of degree 2."""
 
@@ -348,36 +328,28 @@ def _problem(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | fl
     _check("a", a, "weights must be finite and above 0", above=0.0)
     _check("d", d, "costs must be finite and above 0", above=0.0)
     budget = _budget(norms, k, pool)
+    pool = None if budget.numel() == 1 else pool
     return _Problem(norms.detach(), _per_group("step", 0.0, norms), _per_group("a", a, norms),
                     _per_group("d", d, norms), budget, pool, _noise(budget, pool))
 
 
-def _stepped(problem: _Problem, step: Tensor | float, a: Tensor | float, debiased: bool) -> _Problem:
-    """Return the problem of the prox with this step."""
-    _check("step", step, "learning rate times strength must be finite and not negative")
-    if debiased:
-        _check_single_valued(step, a)
-    return replace(problem, step=_per_group("step", step, problem.norms), debiased=debiased)
-
-
 def _per_group(name: str, given: Tensor | float, norms: Tensor) -> Tensor:
-    """Return the tensor (m,), or the number as a tensor (1,)."""
+    """Return the tensor (m,), or as a tensor (1,) the number, also of a large tensor on the CPU that holds but one."""
     if not isinstance(given, Tensor):
         return torch.full((1,), float(given), dtype=torch.float64, device=norms.device)
     if given.dim() > 0 and given.shape != norms.shape:
         raise ValueError(f"{name} has shape {tuple(given.shape)}, not {tuple(norms.shape)}; give one per group, or one")
-    return given.detach().reshape(-1)
+    given = given.detach().reshape(-1)
+    large = given.is_cpu and given.numel() >= threshold.LEAST_GROUPS
+    return given[:1] if large and torch.equal(*given.aminmax()) else given
 
 
 def _budget(norms: Tensor, k: Tensor | float, pool: Tensor | None) -> Tensor:
     """Return the budget of each pool: (p,) float64."""
     _check("k", k, "a budget is never negative", finite=False)
     given = k.detach().to(norms.device, torch.float64) if isinstance(k, Tensor) else _per_group("k", k, norms)[0]
-    if pool is None:
-        pools = 1
-    elif given.dim() > 0:
-        pools = given.numel()
-    else:  # off the CPU the ids cannot be read: there are at most as many pools as groups
+    pools = 1 if pool is None else given.numel()
+    if pool is not None and given.dim() == 0:  # off the CPU the ids cannot be read: as many pools as groups, at most
         pools = int(pool.max()) + 1 if pool.is_cpu and pool.numel() > 0 else norms.numel()
     if given.dim() > 1 or given.numel() not in (1, pools):
         raise ValueError(f"k has shape {tuple(given.shape)} for {pools} pools; give one budget per pool, or one")
@@ -421,10 +393,7 @@ def _check_single_valued(step: Tensor | float, a: Tensor | float) -> None:
     """Raise ValueError if step · a reaches 1, where the de-biased prox stops being single-valued."""
     steps, weights = (given.reshape(-1) if isinstance(given, Tensor) else torch.tensor([given], dtype=torch.float64)
                       for given in (step, a))
-    if not (steps.is_cpu and weights.is_cpu):
-        return
-    product = steps * weights
-    if product.numel() > 0 and float(product.max()) >= 1:
+    if steps.is_cpu and weights.is_cpu and (product := steps * weights).numel() > 0 and float(product.max()) >= 1:
         worst = int(product.argmax())
         first, second = (float(given[worst if given.numel() > 1 else 0]) for given in (steps, weights))
         raise ValueError(f"step {first} × a {second} must stay below 1 in the de-biased form; "  # noqa: RUF001

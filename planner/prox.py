@@ -1,7 +1,7 @@
 """`attach(plan, model, optimizer)`: the WGSEF proximal step after every optimizer step, ending on the budget."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,101 +9,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from planner import envelope
-from planner.graph import Graph
-from planner.groups import Groups, group
+from planner.pools import Pools, flush_, harden_pools_, pools
 from planner.spec import Plan
-from planner.structures import Depth, Filter
 from profiles.errors import PlanError
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Pools:
-    """The groups of a plan with their WGSEF weights a, costs d, pool ids, (m,) each, and budgets k, (p,), in float64.
-
-    In float32 a budget that is a sum of costs could round below the sum.
-    """
-
-    names: tuple[str, ...]
-    groups: Groups
-    a: Tensor
-    d: Tensor
-    pool: Tensor
-    k: Tensor
-
-    def costs(self, kept: Tensor) -> Tensor:
-        """Return the cost of the groups `kept`, (m,) bool, in each pool, (p,) float64."""
-        return torch.zeros_like(self.k).index_add_(0, self.pool, torch.where(kept, self.d, 0.0))
-
-    def select(self, norms: Tensor) -> Tensor:
-        """Return the groups to keep, (m,) bool: by x²/(a·d), as many as the budgets pay for.
-
-        A group that no longer fits is passed over, and what is left of the budget goes to the next that fits.
-        """
-        gain = norms.double() ** 2 / (self.a * self.d)
-        order = gain.argsort(descending=True, stable=True)
-        order = order[self.pool[order].argsort(stable=True)]
-        budget = self.k * (1 + 1e-9)
-        kept = torch.zeros_like(norms, dtype=torch.bool)
-        while True:
-            left = budget - self.costs(kept)
-            open_ = order[(~kept & (self.d <= left[self.pool]))[order]]
-            if not len(open_):
-                return kept
-            costs = self.d[open_]
-            spent = costs.cumsum(0)
-            first = torch.ones_like(open_, dtype=torch.bool)
-            first[1:] = self.pool[open_][1:] != self.pool[open_][:-1]
-            before = torch.where(first, spent - costs, 0.0).cummax(0).values  # what earlier pools spent
-            kept[open_[first | (spent - before <= left[self.pool[open_]])]] = True
-
-
-def pools(plan: Plan, model: nn.Module, graph: Graph) -> Pools:
-    """Return the pools of `plan` as tensors on the model's device."""
-    structures = [
-        Filter(graph.width[name]) if pool.structure == "filter" else Depth(graph.block[name])
-        for pool in plan.pools
-        for name in pool.members
-    ]
-    groups = group(structures, model)
-    device = groups.structure.device
-
-    def per_group(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)[groups.structure]
-
-    owners = [i for i, pool in enumerate(plan.pools) for _ in pool.members]
-    owner = torch.tensor(owners, dtype=torch.int64, device=device)
-    return Pools(
-        tuple(pool.name for pool in plan.pools),
-        groups,
-        per_group([a for pool in plan.pools for a in pool.weights]),
-        per_group([d for pool in plan.pools for d in pool.costs]),
-        owner[groups.structure],
-        torch.tensor([pool.budget for pool in plan.pools], dtype=torch.float64, device=device),
-    )
-
-
-def excess(plan: Plan, model: nn.Module, graph: Graph) -> list[tuple[str, float, float]]:
-    """Return (pool, cost of its non-zero groups, budget) of every pool above its budget."""
-    state = pools(plan, model, graph)
-    costs = state.costs(state.groups.norms(dict(model.named_parameters())) > 0)
-    rows = zip(state.names, costs.tolist(), state.k.tolist(), strict=True)
-    return [(name, cost, budget) for name, cost, budget in rows if cost > budget * (1 + 1e-6)]
-
-
 @torch.no_grad()
 def harden_(plan: Plan, model: nn.Module) -> int:
     """Make the planned groups exactly zero now; return how many groups that were not zero had to change."""
-    return _harden(pools(plan, model, plan.graph(model)), dict(model.named_parameters()))[1]
-
-
-def _harden(state: Pools, parameters: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    norms = state.groups.norms(parameters)
-    kept = state.select(norms)
-    changed = int(((norms > 0) & ~kept).sum())
-    state.groups.scale_(parameters, kept.to(norms.dtype))
-    return kept, changed
+    changed = harden_pools_(pools(plan, model, plan.graph(model)), dict(model.named_parameters()))[1]
+    flush_(model)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -116,6 +34,7 @@ class Schedule:
 
     steps: int
     total: float = 6.0
+    anneal: float = 0.0  # the share of the steps in which budgets fall from everything to the target
 
     def step_size(self, t: int) -> float:
         """Return λ_t, at most 1/2 so that the de-biased prox is single-valued for a < 2."""
@@ -123,26 +42,36 @@ class Schedule:
 
     def budgets(self, t: int, target: Tensor, full: Tensor) -> Tensor:
         """Return the budgets at step t, (p,)."""
-        return torch.where(target > 0, target, full * (1 - t / self.steps))
+        falling = target
+        if t < self.anneal * self.steps:
+            falling = torch.maximum(target, full + (target - full) * (t / (self.anneal * self.steps)))
+        return torch.where(target > 0, falling, full * (1 - t / self.steps))
 
 
 class Proximal:
     """The proximal step of a plan: shrinks groups for `schedule.steps` steps, then holds the support fixed.
 
-    Exact for SGD (momentum included: the step follows the weights' update); for Adam and its kin it is the prox in the
-    Euclidean metric, an approximation of the prox in theirs.
+    After SGD, with momentum or not, the step is the exact prox of λ·GS (or λ·D) at the weights that the optimizer left.
+    After Adam and its kin it is the exact prox in the metric that gives each group the mean of √v̂ + ε over its weights
+    (relative to its pool), an approximation of their element-wise metric: b_j = λ a_j / h_j in the notation of
+    planner.envelope. The support is fixed by x²/(a·d).
     """
 
-    def __init__(self, state: Pools, model: nn.Module, schedule: Schedule, *, debiased: bool) -> None:
+    def __init__(
+        self, state: Pools, model: nn.Module, schedule: Schedule, *, debiased: bool, optimizer: Optimizer | None = None
+    ) -> None:
         """Prepare; `attach` is the usual way to make one."""
         self.taken = 0
         self.schedule = schedule
         self.changed_at_freeze = 0
         self._state = state
+        self._model = model
         self._parameters = dict(model.named_parameters())
         self._debiased = debiased
+        self._optimizer = optimizer
         self._full = state.costs(torch.ones_like(state.pool, dtype=torch.bool))
         self._kept: Tensor | None = None
+        self._skipped = torch.zeros((), dtype=torch.int64, device=state.d.device)
 
     @property
     def frozen(self) -> bool:
@@ -154,24 +83,51 @@ class Proximal:
         """The number of groups that may remain, for pools of unit costs."""
         return int(self._state.select(torch.ones_like(self._state.d)).sum())
 
+    @property
+    def skipped(self) -> int:
+        """The number of steps left out because norms were not finite; on a CPU such a step raises instead."""
+        return int(self._skipped)
+
     @torch.no_grad()
     def step(self) -> None:
         """Apply one proximal step; no host synchronisation until the support is fixed."""
         self.taken += 1
-        state = self._state
         if self._kept is None and self.taken <= self.schedule.steps:
-            k = self.schedule.budgets(self.taken, state.k, self._full)
-            norms = state.groups.norms(self._parameters)
-            if norms.is_cpu and not norms.isfinite().all():  # elsewhere, looking would stop the device
-                raise PlanError(f"training diverged: weights not finite at step {self.taken}; lower the learning rate")
-            size = self.schedule.step_size(self.taken)
-            scale = envelope.scale(norms, size, state.a, state.d, k, pool=state.pool, debiased=self._debiased)
-            state.groups.scale_(self._parameters, scale)
+            self._shrink()
         if self._kept is None and self.taken >= self.schedule.steps:
-            self._kept, self.changed_at_freeze = _harden(state, self._parameters)
-            log.info("support fixed at step %d, %d groups set to zero", self.taken, self.changed_at_freeze)
+            self._freeze()
         elif self._kept is not None:
-            state.groups.scale_(self._parameters, self._kept.to(state.d.dtype))
+            self._state.groups.scale_(self._parameters, self._kept.to(self._state.d.dtype))
+
+    def _shrink(self) -> None:
+        state = self._state
+        k = self.schedule.budgets(self.taken, state.k, self._full)
+        norms = state.groups.norms(self._parameters)
+        finite = norms.isfinite().all()
+        if norms.is_cpu and not finite:  # elsewhere, looking would stop the device: the factors are then ones
+            raise PlanError(f"training diverged: weights not finite at step {self.taken}; lower the learning rate")
+        self._skipped += ~finite
+        size = self._size(self.schedule.step_size(self.taken))
+        scale = envelope.scale(norms, size, state.a, state.d, k, pool=state.pool, debiased=self._debiased)
+        state.groups.scale_(self._parameters, scale)
+
+    def _size(self, size: float) -> Tensor | float:
+        """Return the step size, per group where the optimizer has a diagonal metric."""
+        curvature = {} if self._optimizer is None else _curvature(self._optimizer, self._parameters)
+        if any(member.tensor not in curvature for member in self._state.groups.members):
+            return size
+        groups, pool = self._state.groups, self._state.pool
+        flat = (groups.sizes(self._parameters) / groups.sums(curvature).clamp_min(1e-30)).double()  # 1 / h_j
+        total = torch.zeros_like(self._full).index_add_(0, pool, flat)
+        count = torch.zeros_like(self._full).index_add_(0, pool, torch.ones_like(flat))
+        return (size * flat * (count / total)[pool]).clamp_max(0.5)
+
+    def _freeze(self) -> None:
+        self._kept, self.changed_at_freeze = harden_pools_(self._state, self._parameters)
+        flush_(self._model)
+        if self.skipped:
+            log.warning("%d proximal steps were left out: weights were not finite", self.skipped)
+        log.info("support fixed at step %d, %d groups set to zero", self.taken, self.changed_at_freeze)
 
     def nonzero(self) -> int:
         """Return the number of groups that are not zero."""
@@ -188,10 +144,24 @@ class Proximal:
         self._kept = state["kept"].to(self._state.d.device) if len(state["kept"]) else None
 
 
+def _curvature(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return √v̂ + ε of each parameter that an optimizer like Adam keeps v for."""
+    options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    found = {}
+    for name, parameter in parameters.items():
+        kept = optimizer.state.get(parameter, {})
+        if "exp_avg_sq" in kept and id(parameter) in options:
+            own = options[id(parameter)]
+            correction = 1 - own["betas"][1] ** torch.as_tensor(kept["step"], device=parameter.device)
+            found[name] = (kept["exp_avg_sq"] / correction).sqrt() + own["eps"]
+    return found
+
+
 def attach(plan: Plan, model: nn.Module, optimizer: Optimizer, *, steps: int = 1000, total: float = 6.0) -> Proximal:
     """Make every step of `optimizer` end with the plan's proximal step; the support is fixed after `steps` of them.
 
-    Raises PlanError if the plan is for another model or the optimizer does not hold the plan's parameters.
+    In the convex form, weight decay on penalised weights is taken out (they move to a parameter group of their own), and
+    a warning says so. Raises PlanError if the plan is for another model or the optimizer lacks the plan's parameters.
     """
     if steps < 1:
         raise PlanError(f"steps is {steps}; it must be at least 1")
@@ -203,6 +173,27 @@ def attach(plan: Plan, model: nn.Module, optimizer: Optimizer, *, steps: int = 1
         raise PlanError(f"a pool has weight {float(state.a.max()):g}; the de-biased form takes weights below 2")
     if missing:
         raise PlanError(f"the optimizer does not train {missing[0]}, which the plan cuts; give it model.parameters()")
-    proximal = Proximal(state, model, Schedule(steps, total), debiased=plan.debiased)
+    if not plan.debiased:
+        _without_decay_(optimizer, [parameters[member.tensor] for member in state.groups.members])
+    proximal = Proximal(state, model, Schedule(steps, total), debiased=plan.debiased, optimizer=optimizer)
     optimizer.register_step_post_hook(lambda *_: proximal.step())
     return proximal
+
+
+def _without_decay_(optimizer: Optimizer, penalised: Sequence[Tensor]) -> None:
+    """Take weight decay off the penalised weights: the convex envelope shrinks survivors already."""
+    chosen = {id(parameter) for parameter in penalised}
+    moved = 0
+    for own in list(optimizer.param_groups):
+        inside = [p for p in own["params"] if id(p) in chosen]
+        if own.get("weight_decay", 0) and inside:
+            own["params"] = [p for p in own["params"] if id(p) not in chosen]
+            rest = {key: value for key, value in own.items() if key != "params"}
+            optimizer.add_param_group({**rest, "params": inside, "weight_decay": 0.0})
+            moved += len(inside)
+    if moved:
+        log.warning(
+            "weight decay taken off %d penalised tensors: the convex envelope shrinks them already; make learning rate "
+            "schedulers after attach()",
+            moved,
+        )

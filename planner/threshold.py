@@ -1,9 +1,9 @@
 """The multiplier of one large pool of alike groups on the CPU, in a few passes that keep no vector.
 
-Where all groups have the same weight, cost and step, u_j = clip(eta x_j - b, 0, 1) is 0 up to the norm b / eta and 1 from
-(1 + b) / eta on. Sums of norms clipped to these, in the dtype of the norms, narrow eta down. Then one pass counts the
-groups whose branch of the clip is the same at both ends of a narrow interval, and sums those between: what is affine on
-the interval is solved exactly, and the number of the other groups bounds the error.
+Where all groups have the same weight, cost and step, u_j = clip(eta x_j - b, 0, 1) is 0 up to the norm b / eta and 1
+from (1 + b) / eta on. Sums of norms clipped to these, in the dtype of the norms, narrow eta down. Then one pass counts
+the groups whose branch of the clip is the same at both ends of a narrow interval, and sums those between: what is
+affine on the interval is solved exactly, and the number of the other groups bounds the error.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,32 +11,56 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["factors_", "multiplier"]
+__all__ = ["LEAST_GROUPS", "factors_", "multiplier"]
 
-_PASSES = 12  # at most, before the other search is tried; 2 or 3 are usual
+LEAST_GROUPS = 1 << 18  # from so many on it pays
+
+_LONGEST = 4.0  # the b up to which the norms' own precision does for the multiplier
+_PASSES = 16  # at most, before the other search is tried; 2 or 3 are usual
 _CHUNK = 1 << 17  # stays in the cache
+_SAMPLE = 1 << 16  # of so many groups the multiplier is within about 0.5 %
 _NARROW = 2e-3  # the relative half-width from which on counting pays
 _RANGE = {torch.float32: 1e30, torch.float64: 1e280}  # norms up to it have finite sums
 _ERROR = {torch.float32: 1e-7, torch.float64: 1e-14}  # allowed, relative to eta
 _LEAST_WIDTH = {torch.float32: 1e-6, torch.float64: 1e-13}  # well above the rounding of the thresholds
 
 
-def multiplier(norms: Tensor, b: float, budget: float, start: float, *, spread: float) -> float | None:
+def multiplier(norms: Tensor, b: float, budget: float) -> float | None:
     """Return eta with sum clip(eta x_j - b, 0, 1) = budget; inf where no more than `budget` norms are above 0.
 
-    The search begins between start / (1 + spread) and start (1 + spread). None where it ends in doubt: when norms are
-    tied at a threshold, or none lies between the two.
+    None where the search ends in doubt: when norms are tied at a threshold, or none lies between the two; also for
+    a budget of 0 and for b above 4 or 0.
     """
-    dtype = torch.float64 if norms.dtype == torch.float64 else torch.float32
-    eta, width = start, spread
+    if not (0 < b <= _LONGEST and budget > 0):
+        return None
+    sample = norms[:: max(norms.numel() // _SAMPLE, 1)].to(_read_as(norms))
+    part = budget * sample.numel() / norms.numel()
+    total = float(sample.sum())
+    if not total > 0:
+        return None
+    start = (part + b * sample.numel()) / total  # the root, were every u_j of the sample between 0 and 1
+    found = _search(sample, b, part, start, spread=3.0)
+    if found is None:
+        return _search(norms, b, budget, start, spread=3.0)
+    if found == torch.inf:
+        return _search(norms, b, budget, (1 + b) / float(sample[sample > 0].min()), spread=3.0)
+    return _search(norms, b, budget, found, spread=min(4 / part**0.5, 1.0))
+
+
+def _search(norms: Tensor, b: float, budget: float, start: float, *, spread: float) -> float | None:
+    """Begin between start / (1 + spread) and start (1 + spread)."""
+    dtype = _read_as(norms)
+    eta, width, alive = start, spread, -1
     for _ in range(_PASSES):
         if not 1 / _RANGE[dtype] < b / eta < (1 + b) / eta < _RANGE[dtype]:
             return None
         if width > _NARROW:
             points = (eta / (1 + width), eta, eta * (1 + width))
             spent = _spent(norms, b, points)
-            if spent[2] < budget and int(norms.count_nonzero()) <= budget * (1 + 16 * torch.finfo(torch.float64).eps):
-                return torch.inf
+            if spent[2] < budget and alive < 0:
+                alive = int(norms.count_nonzero())
+                if alive <= budget * (1 + 16 * torch.finfo(torch.float64).eps):
+                    return torch.inf
             eta, width = _narrowed(points, [each - budget for each in spent])
             width = max(width, _LEAST_WIDTH[dtype])
             continue
@@ -59,18 +83,21 @@ def factors_(factors: Tensor, norms: Tensor, eta: float, ridge: float, *, debias
     highest = 1.0 if debiased else 1 / (1 + ridge)
     if low == 0:
         return factors.fill_(highest)
-    for x, part in zip(_chunks(norms), factors.split(_CHUNK), strict=True):
-        above = x.clamp(min=low)
-        factor = (above - low).div_(above)
-        if debiased:
-            factor.mul_((1 + 2 * torch.finfo(x.dtype).eps) / (1 - ridge))
-        part.copy_(factor.clamp_(max=highest))
+    for x, part in zip(_chunks(norms), torch.split(factors, _CHUNK), strict=True):
+        slope = (1 + 2 * torch.finfo(x.dtype).eps) / (1 - ridge) if debiased else 1.0
+        ratio = x.new_tensor(low) / x  # 1 exactly where x is the threshold, inf where it is 0
+        torch.add(x.new_tensor(slope), ratio, alpha=-slope, out=ratio)
+        part.copy_(ratio.clamp_(0, highest))
     return factors
 
 
+def _read_as(norms: Tensor) -> torch.dtype:
+    return torch.float64 if norms.dtype == torch.float64 else torch.float32
+
+
 def _chunks(norms: Tensor) -> Iterator[Tensor]:
-    for part in norms.split(_CHUNK):
-        yield part if part.dtype in _RANGE else part.float()
+    for part in torch.split(norms, _CHUNK):
+        yield part.to(_read_as(norms))
 
 
 def _spent(norms: Tensor, b: float, points: Sequence[float]) -> list[float]:
@@ -92,21 +119,20 @@ def _narrowed(points: Sequence[float], excess: Sequence[float]) -> tuple[float, 
         return first / step**3, step**3 - 1
     i = 0 if excess[1] > 0 else 1
     low, high, below, above = points[i], points[i + 1], excess[i], excess[i + 1]
-    if not below < above:
-        return middle, 0.0
-    chord = low - below * (high - low) / (above - below)
-    if not excess[0] < excess[1] < excess[2]:
-        return chord, (high - low) / low
-    curve = _inverse_parabola(points, excess)
-    if not low <= curve <= high:
-        return chord, (high - low) / low
-    return curve, abs(curve - chord) / curve
+    ratio = high / low
+    if ratio < 5 and excess[0] < excess[1] < excess[2]:
+        chord = (above - below) / (above / low - below / high)
+        curve = _parabola(points, excess)
+        if low <= curve <= high:
+            return curve, max(abs(curve - chord) / curve, min((ratio - 1) ** 3, ratio**0.5 - 1))
+    return low * ratio**0.5, ratio**0.5 - 1
 
 
-def _inverse_parabola(points: Sequence[float], excess: Sequence[float]) -> float:
-    """Return where the parabola through three points (excess, eta) has no excess."""
+def _parabola(points: Sequence[float], excess: Sequence[float]) -> float:
+    """Return where the parabola through three points (excess, 1 / eta) has no excess; 1 / eta is a norm."""
     (x, y, z), (f, g, h) = points, excess
-    return x * g * h / ((f - g) * (f - h)) + y * f * h / ((g - f) * (g - h)) + z * f * g / ((h - f) * (h - g))
+    inverse = g * h / ((f - g) * (f - h) * x) + f * h / ((g - f) * (g - h) * y) + f * g / ((h - f) * (h - g) * z)
+    return 1 / inverse if inverse > 0 else torch.inf
 
 
 def _solved(norms: Tensor, b: float, budget: float, eta: float, width: float) -> tuple[float, float]:
@@ -115,11 +141,11 @@ def _solved(norms: Tensor, b: float, budget: float, eta: float, width: float) ->
     zero_last, full_last = b / (eta * (1 + width)), (1 + b) / (eta * (1 - width))  # beyond them u is 0 or 1 on it
     total = inside = touched = above = 0.0
     for x in _chunks(norms):
-        ones = torch.ones_like(x)
+        one = x.new_ones(())
         total += float(_where_between(x, x, zero, full).sum())
-        inside += float(_where_between(ones, x, zero, full).sum())
-        touched += float(_where_between(ones, x, zero_last, full_last).sum())
-        above += float(torch.ge(x, full, out=ones).sum())
+        inside += float(_where_between(one, x, zero, full).sum())
+        touched += float(_where_between(one, x, zero_last, full_last).sum())
+        above += float(torch.ge(x, full, out=torch.empty_like(x)).sum())
     spent = budget - above + b * inside  # by eta times the total
     if not (total > 0 and spent > 0):
         return torch.nan, torch.inf

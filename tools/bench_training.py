@@ -27,7 +27,8 @@ from torch import Tensor, nn
 import planner
 from backends import rebuild
 from planner import Plan, Recipe, envelope
-from planner.prox import Pools, Schedule, pools
+from planner.pools import Pools, pools
+from planner.prox import Schedule
 from planner.search import per_width_pools
 from planner.spec import BlockPlan, InputSpec, Prediction, Proof, WidthPlan
 from tools.batches import Data

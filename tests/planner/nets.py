@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from planner.graph import Graph, trace
 from planner.groups import group
+from planner.latency import Entry, LatencyTable
 from planner.structures import Depth, Filter
 from profiles.schema import Device, Dtype, Profile, Runtime
 from tools.examples.resnet import ResNet
@@ -244,6 +246,28 @@ def _blurred() -> nn.Module:
     return net
 
 
+def sequence() -> nn.Module:
+    """Convolutions and pools over one axis."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        return net.fc(F.max_pool1d(F.relu(net.bn(net.one(x.flatten(2)))), 2).flatten(1))  # type: ignore[no-any-return]
+
+    return Lambda(forward, one=nn.Conv1d(3, 8, 3, padding=1), bn=nn.BatchNorm1d(8), fc=nn.Linear(256, 5))
+
+
+def _added_through_a_view(net: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = net.more(x)
+    view = y.flatten(2)
+    view += x.flatten(2)
+    return y
+
+
+def _written_in_part(net: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, :4] += net.more(x)[:, :4]
+    return x
+
+
 CUTTABLE: dict[str, Callable[[], nn.Module]] = {
     "residual, option B": lambda: ResNet(2, (8, 12, 16)),
     "residual, option A": lambda: ResNet(2, (8, 12, 16), pad_shortcuts=True),
@@ -264,6 +288,11 @@ CUTTABLE: dict[str, Callable[[], nn.Module]] = {
     "upsampled": lambda: joined(lambda _, x: F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)),
     "batched twice": lambda: joined(lambda _, x: torch.cat([x, x / 2], 0)),
     "permuted back": lambda: joined(lambda _, x: F.dropout2d(x.permute(0, 2, 3, 1), 0.5, False).permute(0, 3, 1, 2)),
+    "sequence": sequence,
+    "added through a view": lambda: joined(_added_through_a_view, more=conv(8, 8)),
+    "normalised by the batch": lambda: joined(
+        lambda net, x: net.more(x), more=nn.BatchNorm2d(8, track_running_stats=False)
+    ),
     "padded pixels": lambda: joined(lambda _, x: F.pad(F.pad(x, (1, 0, 2, 1)), (1, 1, 1, 1), mode="reflect")),
 }
 """Nets of which at least one width can be cut."""
@@ -274,6 +303,7 @@ REFUSING: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "channel shuffle": (lambda: joined(lambda _, x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)), "unflatten"),
     "chunk and cat": (lambda: joined(lambda _, x: torch.cat(x.chunk(2, 1)[::-1], 1)), "chunk"),
     "part of the channels": (lambda: joined(lambda _, x: x[:, 2:6], 4), "slice"),
+    "written in part": (lambda: joined(_written_in_part, more=conv(8, 8)), "slice"),
     "one channel": (lambda: joined(lambda _, x: x[:, :1] + x[:, 1:2], 1), "slice"),
     "channels cropped by padding": (lambda: joined(lambda _, x: F.pad(x, (0, 0, 0, 0, -1, 1))), "pad"),
     "channels padded": (lambda: joined(lambda _, x: F.pad(x, (0, 0, 0, 0, 1, 1)), 10), "pad"),
@@ -334,3 +364,14 @@ def anywhere() -> Profile:
         runtime=Runtime(name="pytorch"),
         dtype=Dtype(weights="fp32", activations="fp32"),
     )
+
+
+def table_of(graph: Graph, cost: Mapping[tuple[str, int, int], float], **about: Any) -> LatencyTable:
+    """Return a table with these costs."""
+    entries = tuple(
+        Entry(operation=operation, inputs=inputs, outputs=outputs, latency_s=seconds, probes=1)
+        for (operation, inputs, outputs), seconds in cost.items()
+    )
+    content = {"profile": "any.pytorch.fp32", "runtime": "pytorch", "runtime_version": "1", "device": "test"}
+    content |= {"threads": 1, "created": "today", "fingerprint": graph.fingerprint, "overhead_s": 1e-5}
+    return LatencyTable(**{**content, "entries": entries, "probes": (), "mean_error": 0, "max_error": 0, **about})

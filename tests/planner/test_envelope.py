@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from planner import envelope
+from planner import envelope, threshold
 
 F64 = torch.float64
 
@@ -374,3 +374,112 @@ def test_value_is_at_least_the_quadratic_and_falls_with_the_budget(
     value = envelope.value(x, a, d, k)
     assert value >= (a * x * x).sum() / 2 * (1 - 1e-12)
     assert value >= envelope.value(x, a, d, 2 * k) * (1 - 1e-12)
+
+
+# --- one large pool of alike groups ---
+
+def drawn(groups: int = 20_000, *, seed: int = 0) -> dict[str, Tensor]:
+    """Return norms of several kinds, in float64."""
+    x = normal(groups, seed=seed).abs()
+    return {
+        "half-normal": x,
+        "log-normal": normal(groups, seed=seed).mul(3).exp(),
+        "many zeros": x * (random(groups, seed=seed + 1) < 0.3),
+        "rounded": x.bfloat16().double(),
+        "huge": x * 1e25,
+        "tiny": x * 1e-25,
+        "equal": torch.ones(groups, dtype=F64),
+        "one in a thousand": torch.where(random(groups, seed=seed + 1) < 1e-3, x, 1e-3 * x),
+        "two heaps": torch.where(random(groups, seed=seed + 1) < 0.5, 10 + x, 1e-4 * x),
+    }
+
+
+def both_ways(monkeypatch: pytest.MonkeyPatch, *given: Any, **named: Any) -> tuple[Tensor, Tensor, float | None]:
+    """Return the factors of the threshold search, those of Newton's method, and the multiplier of the former."""
+    found: list[float | None] = []
+    original = threshold.multiplier
+
+    def seen(*args: Any) -> float | None:
+        found.append(original(*args))
+        return found[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threshold, "LEAST_GROUPS", 1)
+        patch.setattr(threshold, "_CHUNK", 1 << 12)
+        patch.setattr(threshold, "_SAMPLE", 1 << 10)
+        patch.setattr(threshold, "multiplier", seen)
+        fast = envelope.scale(*given, **named)
+    return fast, envelope.scale(*given, **named), found[-1]
+
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("kind", drawn(1))
+def test_two_searches_agree_in_a_large_pool(
+    kind: str, debiased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = drawn()[kind].to(dtype).clamp(max=torch.finfo(dtype).max)
+    for step in (1e-3, 0.4):
+        for share in (0.0, 0.002, 0.3, 0.9):
+            fast, slow, _ = both_ways(monkeypatch, norms, step, 0.8, 2.5, 2.5 * share * 20_000, debiased=debiased)
+            assert (fast.double() - slow.double()).abs().max() <= TOLERANCE[dtype]
+            assert fast.dtype == dtype
+            assert fast.min() >= 0
+            assert fast.max() <= 1
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_thresholds_zero_the_same_groups_and_leave_the_same_survivors(
+    debiased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for norms in (drawn()["half-normal"], drawn()["log-normal"], drawn()["many zeros"]):
+        fast, slow, eta = both_ways(monkeypatch, norms, 0.05, 1.0, 1.0, 5000, debiased=debiased)
+        assert eta is not None
+        assert torch.equal(fast == 0, slow == 0)
+        assert torch.equal(fast == fast.max(), slow >= slow.max() * (1 - 1e-12))
+        assert fast.max() == (1.0 if debiased else 1 / 1.05)
+
+
+@pytest.mark.parametrize("missing", [-1, 0, 1, 50])
+def test_a_large_pool_near_its_budget(missing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = drawn()["many zeros"].float()
+    k = int((norms > 0).sum()) - missing
+    fast, slow, eta = both_ways(monkeypatch, norms, 0.1, 1.0, 1.0, k, debiased=True)
+    assert (eta == torch.inf) == (missing <= 0)
+    assert close(fast, slow, 1e-6)
+
+
+def test_thresholds_meet_the_budget_to_the_precision_of_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("half-normal", "log-normal", "many zeros"):
+        norms = drawn()[kind].float()
+        *_, eta = both_ways(monkeypatch, norms, 0.2, 1.0, 1.0, 4000.5)
+        assert eta is not None
+        assert (eta * norms.double() - 0.2).clamp(0, 1).sum().item() == pytest.approx(4000.5, rel=3e-7)
+
+
+def test_doubt_is_admitted_where_no_norm_is_between_the_thresholds() -> None:
+    norms = torch.cat([torch.full((1000,), 2.0), torch.full((1000,), 0.1)])
+    assert threshold.multiplier(norms, 0.5, 1000.0) is None  # every eta from 0.75 to 5 will do
+    assert envelope.scale(norms, 0.5, 1.0, 1.0, 1000).unique().tolist() == pytest.approx([0, 1 / 1.5])
+
+
+@pytest.mark.parametrize("least", [1, 1 << 30])
+@pytest.mark.parametrize("debiased", [False, True])
+def test_factors_can_take_the_place_of_the_norms(least: int, debiased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threshold, "LEAST_GROUPS", least)
+    norms = drawn()["half-normal"]
+    fresh = envelope.scale(norms, 0.1, 1.0, 1.0, 4000, debiased=debiased)
+    given = norms.clone()
+    assert envelope.scale(given, 0.1, 1.0, 1.0, 4000, debiased=debiased, out=given) is given
+    assert torch.equal(given, fresh)
+
+
+def test_numbers_given_per_group_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms, pool = drawn()["half-normal"], torch.zeros(20_000, dtype=torch.long)
+    a, d, k = torch.full((20_000,), 0.8), torch.full((20_000,), 2.0), torch.tensor([9000.0])
+    fast, _, eta = both_ways(monkeypatch, norms, 0.1, a, d, k, pool=pool)
+    assert eta is not None
+    assert close(fast, envelope.scale(norms, 0.1, float(a[0]), 2.0, 9000.0))

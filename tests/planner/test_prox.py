@@ -15,7 +15,8 @@ from planner import Plan, attach, harden_
 from planner.graph import trace
 from planner.groups import Groups
 from planner.importance import Importance
-from planner.prox import Pools, Schedule, excess, pools
+from planner.pools import Pools, excess, pools
+from planner.prox import Schedule
 from planner.search import with_global_budget
 from planner.spec import Pool
 from profiles.errors import PlanError
@@ -261,6 +262,7 @@ def test_the_selection_is_the_greedy_one(data: st.DataObject) -> None:
     k = [data.draw(st.integers(0, 40)) * unit[p] for p in range(pools_)]
     state = Pools(
         tuple(map(str, range(pools_))),
+        torch.arange(pools_),
         Groups((), (), torch.zeros(count, dtype=torch.int64)),
         torch.tensor(a, dtype=torch.float64),
         torch.tensor(d, dtype=torch.float64),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import planner
 from planner import Moment, Plan, Recipe
-from planner.prox import excess
+from planner.pools import excess
 from profiles.errors import PlanError
 from tools.examples.resnet import ResNet
 

@@ -1,0 +1,109 @@
+"""Latency tables are fitted well, and one that lacks an entry or belongs to something else is refused."""
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import planner
+from planner import LatencyTable
+from planner.graph import Graph, trace
+from planner.latency import Probe, fit, keys
+from planner.operations import Choice
+from planner.search import candidates
+from profiles.errors import PlanError
+from tools.examples.resnet import ResNet
+
+from . import nets
+from .nets import PIXELS, example, table_of
+
+INPUTS = (torch.ones(PIXELS),)
+
+
+def _true_costs(graph: Graph, options: Mapping[str, Sequence[int]]) -> dict[tuple[str, int, int], float]:
+    """Return costs that are a rate per kind of operation times the work, plus a launch, with a step every 4 outputs."""
+    dice = random.Random(0)
+    rate = {operation.signature: dice.uniform(0.5, 2.0) * 1e-10 for operation in graph.operations}
+    macs = {operation.signature: operation.macs_per_pair for operation in graph.operations}
+    return {
+        (signature, inputs, outputs): 2e-6 + rate[signature] * macs[signature] * inputs * -(-outputs // 4) * 4
+        for signature, inputs, outputs in keys(graph, options)
+    }
+
+
+def _one_at_a_time(graph: Graph, options: Mapping[str, Sequence[int]]) -> list[Choice]:
+    return [graph.choice({name: count}) for name, counts in options.items() for count in counts]
+
+
+def _at_random(graph: Graph, options: Mapping[str, Sequence[int]], count: int, *, seed: int) -> list[Choice]:
+    dice = random.Random(seed)
+    return [
+        graph.choice(
+            {name: dice.choice(counts) for name, counts in options.items()},
+            frozenset(block.name for block in graph.blocks if dice.random() < 0.3),
+        )
+        for _ in range(count)
+    ]
+
+
+def _measured_choice(graph: Graph, table: LatencyTable, choice: Choice, *, noise: float) -> Probe:
+    seconds = table.latency(graph, choice) * (1 + noise)
+    about = {"relative": 1.0, "ci95_s": (seconds, seconds), "runs": 1, "held_out": False}
+    return Probe(keep=dict(choice.keep), removed=tuple(sorted(choice.removed)), latency_s=seconds, **about)
+
+
+@pytest.mark.parametrize(("noise", "allowed"), [(0.0, 0.01), (0.01, 0.03)])
+def test_fitting_recovers_an_additive_cost_model(noise: float, allowed: float) -> None:
+    graph = trace(ResNet(2, (16, 24, 32)), INPUTS)
+    options = {name: (*counts[2:-1:4], counts[-1]) for name, counts in candidates(graph, nets.anywhere()).items()}
+    truth = table_of(graph, _true_costs(graph, options))
+    errors = np.random.default_rng(0)
+    probes = [
+        _measured_choice(graph, truth, choice, noise=noise * errors.standard_normal())
+        for choice in [*_one_at_a_time(graph, options), *_at_random(graph, options, 24, seed=1)]
+    ]
+    overhead_s, entries = fit(graph, nets.anywhere(), keys(graph, options), probes)
+    found = table_of(graph, {}, entries=entries, overhead_s=overhead_s)
+    unseen = _at_random(graph, options, 40, seed=2)
+    wrong = [found.latency(graph, choice) / truth.latency(graph, choice) - 1 for choice in unseen]
+    assert np.abs(wrong).mean() < allowed
+    assert {(e.operation, e.inputs, e.outputs) for e in entries} == set(keys(graph, options))
+    assert all(entry.latency_s >= 0 for entry in entries)
+
+
+def test_a_missing_entry_is_refused_with_the_operation() -> None:
+    model, graph = example("VGG")
+    options = candidates(graph, nets.anywhere())
+    cost = dict.fromkeys(keys(graph, options), 1e-3)
+    missing = next(key for key in cost if key[1:] == (8, 6))
+    del cost[missing]
+    with pytest.raises(PlanError, match=rf"no entry for {missing[0]} 8->6 \(3\); run `espalier calibrate`"):
+        planner.plan(model, INPUTS, nets.anywhere(), latency=0.5, table=table_of(graph, cost))
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"fingerprint": "0" * 16}, "made for another model or input shape"),
+        ({"profile": "x86_64_v4.onnxruntime.fp32"}, "measured for profile x86_64_v4.onnxruntime.fp32, not any.pytorch"),
+    ],
+)
+def test_a_table_of_something_else_is_refused(about: dict[str, str], said: str) -> None:
+    model, graph = example("VGG")
+    cost = dict.fromkeys(keys(graph, candidates(graph, nets.anywhere())), 1e-3)
+    with pytest.raises(PlanError, match=said):
+        planner.plan(model, INPUTS, nets.anywhere(), latency=0.5, table=table_of(graph, cost, **about))
+
+
+def test_a_table_survives_its_file_and_a_spoilt_one_is_refused(tmp_path: Path) -> None:
+    graph = example("VGG")[1]
+    table = table_of(graph, dict.fromkeys(keys(graph, candidates(graph, nets.anywhere())), 1e-3))
+    path = tmp_path / "table.json"
+    table.save(path)
+    assert LatencyTable.load(path) == table
+    path.write_text(path.read_text().replace("0.001", "0.002", 1))
+    with pytest.raises(PlanError, match=r"was edited after it was written.*espalier calibrate"):
+        LatencyTable.load(path)
