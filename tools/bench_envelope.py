@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from planner import envelope
 from planner.graph import trace
-from planner.groups import Groups, group
-from planner.prox import Pools, Proximal, Schedule
-from planner.structures import Filter, Head, Weight
+from planner.pools import Pools, Share, pooled
+from planner.prox import Proximal, Schedule
+from planner.structures import Filter, Head, Structure, Weight
 from tools.examples.cifar10 import resnet20
 
 MAX_TIME_RATIO = 1.5  # of the time per group, 1e8 groups against 1e6
@@ -160,12 +160,15 @@ class Pair:
     limit: float | None  # None: for information
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median CPU time of each call; the calls take turns, after one round that does not count."""
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, *, repeats: int = 1) -> dict[str, float]:
+    """Return the median CPU time of each call; they take turns of `repeats` calls, and the first turns do not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
-            times[name].append(_cpu_s(call))
+            start = time.process_time()
+            for _ in range(repeats):
+                call()
+            times[name].append((time.process_time() - start) / repeats)
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
@@ -195,12 +198,16 @@ def _parameters() -> nn.ParameterDict:
     return parameters
 
 
-def _halving(groups: Groups, *, one_pool: bool = False) -> Pools:
-    """Return one pool for each structure, or one for all, half of whose groups may remain."""
-    pool = torch.zeros_like(groups.structure) if one_pool else groups.structure
-    ones = torch.ones(groups.count, dtype=torch.float64)
-    sizes = torch.bincount(pool).double()
-    return Pools(tuple(map(str, range(len(sizes)))), groups, ones, ones, pool, sizes / 2)
+def _halving(structures: Sequence[Structure], model: nn.Module) -> Pools:
+    """Return one pool for each structure, half of whose groups may remain."""
+    return pooled([Share.of(structure, structure.count / 2) for structure in structures], model)
+
+
+def _halved_together(structures: Sequence[Structure], model: nn.Module) -> Pools:
+    """Return one pool for all structures, half of whose groups may remain."""
+    ones = (1.0,) * len(structures)
+    budget = sum(structure.count for structure in structures) / 2
+    return pooled([Share("all", tuple(structures), ones, ones, budget)], model)
 
 
 def _proximal(pools: Pools, model: nn.Module) -> Proximal:
@@ -234,7 +241,7 @@ def beside_sgd() -> Iterator[Pair]:
     filters = [Head((name,), each.shape[0], 1) for name, each in parameters.items() if each.dim() == 4]
     found = in_turns(
         {
-            "filters": _proximal(_halving(group(filters, parameters)), parameters).step,
+            "filters": _proximal(_halving(filters, parameters), parameters).step,
             "weights": _per_weight(parameters),
             "SGD": sgd.step,
         },
@@ -243,34 +250,29 @@ def beside_sgd() -> Iterator[Pair]:
     yield Pair("ResNet-50, filters, a pool per layer", found["filters"], "SGD step", found["SGD"], MAX_PER_FILTER_STEP)
     yield Pair("ResNet-50, single weights, one pool", found["weights"], "SGD step", found["SGD"], MAX_PER_WEIGHT_STEP)
     singles = [Weight(name, each.numel()) for name, each in parameters.items()]
-    proximal = _proximal(_halving(group(singles, parameters), one_pool=True), parameters)
+    proximal = _proximal(_halved_together(singles, parameters), parameters)
     found = in_turns({"Proximal": proximal.step, "SGD": sgd.step}, rounds=2)
     yield Pair("the same through planner.prox.Proximal", found["Proximal"], "SGD step", found["SGD"], None)
 
 
-def _step_of(model: nn.Module, proximal: Proximal | None) -> Callable[[], None]:
-    """Return a whole training step at batch 128."""
-    generator = torch.Generator().manual_seed(0)
+def training_step() -> Iterator[Pair]:
+    """A training step of ResNet-20 at batch 128 with the proximal step that halves the inner widths, or without it."""
+    model, generator = resnet20(), torch.Generator().manual_seed(0)
     x, y = torch.randn(128, 3, 32, 32, generator=generator), torch.randint(10, (128,), generator=generator)
+    inner = [Filter(width) for width in trace(model, (x[:1],)).cuttable if not width.is_stream]
+    proximal = _proximal(_halving(inner, model), model)
     sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    if proximal is not None:
-        sgd.register_step_post_hook(lambda *_: proximal.step())
 
-    def step() -> None:
+    def without() -> None:
         sgd.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
         sgd.step()
 
-    return step
+    def with_proximal() -> None:
+        without()
+        proximal.step()
 
-
-def training_step() -> Iterator[Pair]:
-    """A training step of ResNet-20 with the proximal step that halves the inner widths, beside one without."""
-    model = resnet20()
-    inner = [Filter(width) for width in trace(model, (torch.randn(1, 3, 32, 32),)).cuttable if not width.is_stream]
-    plain = copy.deepcopy(model)
-    proximal = _proximal(_halving(group(inner, model)), model)
-    found = in_turns({"with": _step_of(model, proximal), "without": _step_of(plain, None)}, rounds=11)
+    found = in_turns({"with": with_proximal, "without": without}, rounds=15)
     yield Pair("ResNet-20, training step", found["with"], "without the prox", found["without"], MAX_TRAINING_STEP)
 
 
@@ -290,9 +292,9 @@ def _plain_lasso(model: nn.Module) -> Callable[[], None]:
 def beside_others() -> Iterator[Pair]:
     """The proximal step on all widths of ResNet-20 beside the same job by others."""
     model, inputs = resnet20(), torch.randn(1, 3, 32, 32)
-    pools = _halving(group([Filter(width) for width in trace(model, (inputs,)).cuttable], model))
+    pools = _halving([Filter(width) for width in trace(model, (inputs,)).cuttable], model)
     other = copy.deepcopy(model)
-    importance = torch_pruning.importance.GroupNormImportance()
+    importance = torch_pruning.importance.GroupMagnitudeImportance()
     pruner = torch_pruning.pruner.GroupNormPruner(other, inputs, importance=importance)
     pruner.update_regularizer()
     for parameter in other.parameters():
@@ -302,7 +304,7 @@ def beside_others() -> Iterator[Pair]:
         "torch-pruning GroupNormPruner.regularize": lambda: pruner.regularize(other),
         "group lasso in a Python loop": _plain_lasso(copy.deepcopy(model)),
     }
-    found = in_turns(calls, rounds=15)
+    found = in_turns(calls, rounds=15, repeats=5)
     for name in list(calls)[1:]:
         yield Pair("ResNet-20, filters", found["ours"], name, found[name], MAX_OF_OTHERS)
 

@@ -132,8 +132,8 @@ def calibrate(
     from tools import calibrate as calibration
     from tools.console import Stage
     from tools.pipeline import chosen
-    from tools.planning import one_thread
     from tools.sources import example_inputs, load_data, load_model
+    from tools.threads import one_thread
 
     example = example_inputs(inputs, load_data(data).test if data else None)
     bench = calibration.bench(load_model(model), example, chosen(profile), threads=threads)
@@ -203,7 +203,7 @@ def plan(
             planner.trace(net, example),
             Stage(console),
         )
-        importance = contest(brief, graph, costs, sensitivity(brief, graph, costs, stage), stage)
+        importance = contest(brief, graph, costs, sensitivity(brief, graph, stage), stage)
     made = planner.plan(net, example, device, latency=latency, table=costs, importance=importance)
     if global_budget:
         made = planner.with_global_budget(made, net)
@@ -227,19 +227,17 @@ def train(
     from backends.weights import save
     from tools.console import Stage
     from tools.sources import load_data, load_model
+    from tools.threads import fastest
 
     net, spec, source = load_model(model, weights), Plan.load(plan), load_data(data)
     checkpoint = out.with_suffix(".training.safetensors")
-    with Stage(console).phase("train with WGSEF") as phase:
+    with Stage(console).phase("train with WGSEF") as phase, fastest(net, next(iter(source.train))[0]):
+
+        def watch(m: planner.Moment) -> None:
+            phase.step(f"loss {m.loss:.3f}, {m.nonzero_groups} groups", m.step, m.steps)
+
         recipe = Recipe(epochs, lr=lr, bfloat16=bfloat16)
-        history = planner.fit(
-            net,
-            source.train,
-            recipe,
-            plan=spec,
-            checkpoint=checkpoint,
-            watch=lambda m: phase.step(f"loss {m.loss:.3f}, {m.nonzero_groups} groups", m.step, m.steps),
-        )
+        history = planner.fit(net, source.train, recipe, plan=spec, checkpoint=checkpoint, watch=watch)
     save(net, out)
     accuracy, last = planner.accuracy(net, source.test), history[-1]
     content = {"out": out, "accuracy": accuracy, "groups": last.nonzero_groups, "budget": last.budget_groups}

@@ -23,8 +23,9 @@ from tools.calibrate import Bench, bench, calibrate
 from tools.console import Stage
 from tools.contenders import Contender, built, narrowed, rows, runtimes, timed, uniform
 from tools.outcome import Accuracy, Interval, Outcome, Step, Verdict, WidthRow
-from tools.planning import CLOSE, Brief, contest, one_thread, sensitivity, settled
+from tools.planning import CLOSE, Brief, contest, sensitivity, settled
 from tools.sources import example_inputs, load_data, load_model
+from tools.threads import fastest, one_thread
 
 OVER_BUDGET = 1.10  # measured / planned latency that still counts as the budget met
 
@@ -102,7 +103,8 @@ class Run:
                 phase.step(f"loss {moment.loss:.3f}{groups}", moment.step, moment.steps)
 
             checkpoint = self.job.out / f"{name}.training.safetensors"
-            return planner.fit(model, self.data.train, recipe, plan=plan, checkpoint=checkpoint, watch=watch)
+            with fastest(model, next(iter(self.data.train))[0]):
+                return planner.fit(model, self.data.train, recipe, plan=plan, checkpoint=checkpoint, watch=watch)
 
     def table(self) -> LatencyTable:
         """Measure, or reuse, the latency table."""
@@ -120,7 +122,7 @@ class Run:
         if path.exists():
             return Plan.load(path), table
         brief = Brief(self.dense, self.inputs, self.profile, self.job.latency, self.data.train)
-        importance = sensitivity(brief, self.bench.graph, table, self.stage)
+        importance = sensitivity(brief, self.bench.graph, self.stage)
         importance = contest(brief, self.bench.graph, table, importance, self.stage)
         plan, table = settled(brief, self.bench, table, importance, self.stage)
         table.save(self.job.out / "table.json")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from torch.nn.functional import cross_entropy
 import planner
 from planner import Graph, Importance, LatencyTable, Plan
 from planner.importance import Batch, questions
-from planner.latency import Rules
-from planner.search import candidates, useful
+from planner.search import candidates
 from planner.train import Batches
 from profiles import Profile, atomic
 from tools.calibrate import Bench, refined
 from tools.console import Stage
+from tools.threads import fastest, one_thread
 
 SENSITIVITY_IMAGES = 384
 DEPTH_PRICES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # factors of γ whose plans are held against each other
@@ -90,12 +89,12 @@ class Brief:
         return found
 
 
-def sensitivity(brief: Brief, graph: Graph, table: LatencyTable | None, stage: Stage) -> Importance:
+def sensitivity(brief: Brief, graph: Graph, stage: Stage) -> Importance:
     """Measure what each candidate costs in loss; an interrupted measurement goes on where it was."""
-    options = useful(graph, table or Rules(brief.profile), candidates(graph, brief.profile))
+    options = candidates(graph, brief.profile)  # all: a refined table may find others useful than this one does
     batches, total = brief.batches, questions(graph, options)
     path = user_cache_path("espalier") / "sensitivity" / f"{_identity(brief.model, graph, batches)}.json"
-    with stage.phase("measure sensitivity") as phase:
+    with stage.phase("measure sensitivity") as phase, fastest(brief.model, batches[0][0]):
         answers = Answers(path, lambda done: phase.show(min(done, total), total))
         try:
             return planner.measured(brief.model, graph, options, batches, loss=cross_entropy, answers=answers)
@@ -152,14 +151,3 @@ def settled(
                 return plan, table
             table = better
         return made(brief, table, importance), table
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run PyTorch on one thread within the block: small models and parity checks are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
