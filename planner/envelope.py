@@ -90,8 +90,8 @@ def scale(norms: Tensor, step: Tensor | float, a: Tensor | float, d: Tensor | fl
         _check_single_valued(step, a)
     factors = torch.empty_like(problem.norms) if out is None else out
     if (eta := _common_multiplier(problem)) is not None:
-        ridge = float(_Part(problem, slice(0)).ridge())
-        return threshold.factors_(factors, problem.norms, eta, ridge, debiased=debiased)
+        shared = float(_Part(problem, slice(0, 0)).ridge())
+        return threshold.factors_(factors, problem.norms, eta, shared, debiased=debiased)
     sound = torch.isfinite(problem.norms.amax()) if not factors.is_cpu and factors.numel() > 0 else None
     root = _settled(problem, _root(problem))
     for part in problem.parts():
@@ -235,8 +235,8 @@ def _common_multiplier(problem: _Problem) -> float | None:
     alike = problem.pool is None and all(each.numel() == 1 for each in (problem.step, problem.a, problem.d))
     if not alike or not problem.norms.is_cpu or problem.norms.numel() < threshold.LEAST_GROUPS:
         return None
-    b, budget = _Part(problem, slice(0)).offset(), problem.budget / problem.d
-    return threshold.multiplier(problem.norms, float(b), float(budget))
+    b = float(_Part(problem, slice(0, 0)).offset())
+    return threshold.multiplier(problem.norms, b, float(problem.budget / problem.d))
 
 
 def _search(problem: _Problem, start: _Root, low: Tensor, high: Tensor) -> _Root:
@@ -362,7 +362,7 @@ def _noise(budget: Tensor, pool: Tensor | None) -> Tensor:
     """Return the rounding error of sums that run pairwise over one pool, and group by group over several."""
     if pool is None:
         return torch.full_like(budget, 16 * _EPS)
-    sizes = torch.zeros_like(budget).scatter_add_(0, pool.long(), budget.new_ones(()).expand(pool.numel()))
+    sizes = torch.zeros_like(budget).scatter_add_(0, pool.long(), budget.new_ones(1).expand(pool.numel()))
     return sizes.sqrt_().add_(16).mul_(_EPS)
 
 

@@ -1,44 +1,75 @@
 """Groups of weights: group-id maps over parameters, their norms, and multiplication by a scale per group."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, all_reduce
 
+from planner.parallel import held, is_split, local, shard_groups
 from planner.structures import Structure
+
+_CHUNK_CPU = 2**18  # weights whose float32 copies stay in the cache
+_CHUNK_DEVICE = 2**26  # 256 MiB in float32
 
 
 @dataclass(frozen=True)
 class Member:
-    """The groups within one parameter."""
+    """The groups within one parameter, or within the shard of it that this process holds."""
 
     tensor: str
-    ids: Tensor  # int64, broadcastable to the parameter; the number of groups m where a weight belongs to none
+    ids: Tensor  # int64, broadcastable to the weights; the number of groups m where a weight belongs to none
     reduced: tuple[int, ...]  # the parameter's dimensions that the ids do not vary along
     span: slice | None  # the ids are these numbers in order, as they are for whole layers: no gather is needed
+    split: bool = False  # other processes hold other weights of these groups
 
+    def parts(self, weights: Tensor) -> Iterator[tuple["Member", Tensor]]:
+        """Yield runs of the first dimension with their weights, so that float32 copies and gathers stay small."""
+        length = _CHUNK_CPU if weights.is_cpu else _CHUNK_DEVICE
+        if weights.dim() == 0 or weights.numel() <= length:
+            yield self, weights
+            return
+        rows = max(1, length * len(weights) // weights.numel())
+        for first in range(0, len(weights), rows):
+            yield self._rows(first, rows), weights[first : first + rows]
+
+    def _rows(self, first: int, rows: int) -> "Member":
+        if 0 in self.reduced:
+            return self
+        ids = self.ids[first : first + rows]
+        start = 0 if self.span is None else self.span.start + first * self.ids[0].numel()
+        return replace(self, ids=ids, span=None if self.span is None else slice(start, start + ids.numel()))
 
     def add_(self, sums: Tensor, values: Tensor) -> None:
         """Add `values`, reduced to the shape of the ids, to the sums of their groups, (m + 1,)."""
         if self.span is not None:
             sums[self.span].add_(values.reshape(-1))
-        else:
-            sums.index_add_(0, self.ids.expand_as(values).flatten(), values.to(sums.dtype).flatten())
+            return
+        ids, flat = self.ids.expand_as(values).flatten(), values.to(sums.dtype).flatten()
+        if sums.is_cpu:
+            sums.index_add_(0, ids, flat)
+        else:  # sorts first, so that replicas of a model get the same bits, which index_add_ does not promise
+            sums.index_put_((ids,), flat, accumulate=True)
 
     def spread(self, per_group: Tensor) -> Tensor:
-        """Give every weight the number of its group: (m + 1,) -> broadcastable to the parameter."""
+        """Give every weight the number of its group: (m + 1,) -> broadcastable to the weights."""
         return per_group[self.ids] if self.span is None else per_group[self.span].view(self.ids.shape)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """m groups, numbered in the order of their structures; holds ids, never weights."""
+    """m groups, numbered in the order of their structures; holds ids, never weights.
+
+    Of sharded parameters (`fully_shard`) each process holds the ids of its own shards. Sums over groups are then added
+    up over the processes in one call, so that every process knows all groups and none a whole parameter.
+    """
 
     structures: tuple[Structure, ...]
     members: tuple[Member, ...]
     structure: Tensor  # (m,) int64: the position of the structure that each group belongs to
+    shards: tuple[ProcessGroup, ...] = ()  # the processes that hold parts of the split members
 
     @property
     def count(self) -> int:
@@ -46,43 +77,62 @@ class Groups:
         return len(self.structure)
 
     def sums(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return the sum of `values`, shaped like the parameters, over each group, (m,), in float32."""
-        sums = torch.zeros(self.count + 1, device=self.structure.device)
-        for member in self.members:
-            value = values[member.tensor]
-            member.add_(sums, value.sum(member.reduced, True, dtype=torch.float32) if member.reduced else value)
-        return sums[:-1]
+        """Return the sum of `values`, shaped (and sharded) like the parameters, over each group, (m,), in float32."""
+        return self._added(values, _sum)
 
     def norms(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the Euclidean norm of each group, (m,), in float32."""
+        return self._added(parameters, _square).sqrt_()
+
+    def sizes(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return the number of weights in each group, (m,)."""
+        return self._added(parameters, _size)
+
+    def _added(self, values: Mapping[str, Tensor], reduce: Callable[[Member, Tensor], Tensor]) -> Tensor:
         sums = torch.zeros(self.count + 1, device=self.structure.device)
-        for member in self.members:
-            weights = parameters[member.tensor].detach()
-            if member.reduced:  # in one pass, without a copy of the weights
-                weights = torch.linalg.vector_norm(weights, dim=member.reduced, keepdim=True, dtype=torch.float32)
-            member.add_(sums, weights.to(torch.float32).square())
-        return sums[:-1].sqrt_()
+        for split in (True, False):  # what every process holds whole is added once the parts are
+            for member in self.members:
+                if member.split == split:
+                    for part, weights in member.parts(local(values[member.tensor]).detach()):
+                        part.add_(sums, reduce(part, weights))
+            for shards in self.shards if split else ():
+                all_reduce(sums, group=shards)
+        return sums[:-1]
 
     @torch.no_grad()
     def scale_(self, parameters: Mapping[str, Tensor], scale: Tensor) -> None:
         """Multiply the weights of each group by its entry of `scale`, (m,)."""
         padded = torch.cat([scale, scale.new_ones(1)])
         for member in self.members:
-            weights = parameters[member.tensor]
-            weights.mul_(member.spread(padded).to(weights.dtype))
-
-    def sizes(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return the number of weights in each group, (m,)."""
-        return self.sums({member.tensor: torch.ones_like(parameters[member.tensor]) for member in self.members})
+            for part, weights in member.parts(local(parameters[member.tensor])):
+                weights.mul_(part.spread(padded).to(weights.dtype))
 
     def to(self, device: torch.device) -> "Groups":
         """Return the groups with their ids on another device."""
         members = tuple(replace(member, ids=member.ids.to(device)) for member in self.members)
-        return Groups(self.structures, members, self.structure.to(device))
+        return replace(self, members=members, structure=self.structure.to(device))
+
+
+def _sum(member: Member, weights: Tensor) -> Tensor:
+    return weights.sum(member.reduced, True, dtype=torch.float32) if member.reduced else weights
+
+
+def _square(member: Member, weights: Tensor) -> Tensor:
+    if member.reduced:  # in one pass, without a copy of float32 weights
+        weights = torch.linalg.vector_norm(weights, dim=member.reduced, keepdim=True, dtype=torch.float32)
+    return weights.to(torch.float32).square()
+
+
+def _size(member: Member, weights: Tensor) -> Tensor:
+    shape = [1 if i in member.reduced else size for i, size in enumerate(weights.shape)]
+    return weights.new_full(shape, math.prod(weights.shape[i] for i in member.reduced), dtype=torch.float32)
 
 
 def group(structures: Sequence[Structure], model: nn.Module) -> Groups:
-    """Return the groups of `structures` over the parameters of `model`, on the parameters' device."""
+    """Return the groups of `structures` over the parameters of `model`, on the parameters' device.
+
+    The parameters may be sharded; raises PlanError if they are so in different ways.
+    """
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     counts = torch.tensor([structure.count for structure in structures], dtype=torch.int64)
@@ -90,14 +140,19 @@ def group(structures: Sequence[Structure], model: nn.Module) -> Groups:
     members: list[Member] = []
     for structure in structures:
         for tensor, ids in structure.maps(shapes):
-            ids = torch.where(ids < 0, total, ids + first)
-            reduced = tuple(i for i, size in enumerate(ids.shape) if size == 1 and shapes[tensor][i] > 1)
-            start = int(ids.flatten()[0])
-            plain = bool((ids.flatten() == torch.arange(start, start + ids.numel())).all()) and ids.max() < total
-            full = ids.numel() == math.prod(n for i, n in enumerate(shapes[tensor]) if i not in reduced)
-            span = slice(start, start + ids.numel()) if plain and full else None
-            members.append(Member(tensor, ids, reduced, span))
+            members.append(_member(tensor, torch.where(ids < 0, total, ids + first), parameters[tensor], total))
         first += structure.count
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
-    return Groups(tuple(structures), tuple(members), owner).to(device)
+    shards = shard_groups((member.tensor, parameters[member.tensor]) for member in members)
+    return Groups(tuple(structures), tuple(members), owner, shards).to(device)
+
+
+def _member(tensor: str, ids: Tensor, parameter: Tensor, total: int) -> Member:
+    """Return the groups of the part of `parameter` that is held here; `ids` are those of all of it."""
+    reduced = tuple(i for i, size in enumerate(ids.shape) if size == 1 and parameter.shape[i] > 1)
+    ids = ids[tuple(slice(None) if i in reduced else part for i, part in enumerate(held(parameter)))]
+    start = int(ids.flatten()[0]) if ids.numel() else total
+    end = start + ids.numel()
+    in_order = end <= total and bool((ids.flatten() == torch.arange(start, end)).all())
+    return Member(tensor, ids, reduced, slice(start, end) if in_order else None, is_split(parameter))

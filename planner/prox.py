@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from planner import envelope
+from planner.graph import Graph
+from planner.parallel import unwrapped, whole
 from planner.pools import Pools, flush_, harden_pools_, pools
 from planner.spec import Plan
 from profiles.errors import PlanError
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 @torch.no_grad()
 def harden_(plan: Plan, model: nn.Module) -> int:
     """Make the planned groups exactly zero now; return how many groups that were not zero had to change."""
+    model = whole(unwrapped(model))
     changed = harden_pools_(pools(plan, model, plan.graph(model)), dict(model.named_parameters()))[1]
     flush_(model)
     return changed
@@ -157,15 +160,28 @@ def _curvature(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[s
     return found
 
 
-def attach(plan: Plan, model: nn.Module, optimizer: Optimizer, *, steps: int = 1000, total: float = 6.0) -> Proximal:
+def attach(
+    plan: Plan,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    steps: int = 1000,
+    total: float = 6.0,
+    graph: Graph | None = None,
+) -> Proximal:
     """Make every step of `optimizer` end with the plan's proximal step; the support is fixed after `steps` of them.
 
+    `model` may be wrapped by DistributedDataParallel or torch.compile. A sharded one cannot be traced: make its graph,
+    `graph = plan.graph(model)`, before `fully_shard(model)`, the optimizer after it, and give both here.
     In the convex form, weight decay on penalised weights is taken out (they move to a parameter group of their own), and
     a warning says so. Raises PlanError if the plan is for another model or the optimizer lacks the plan's parameters.
     """
     if steps < 1:
         raise PlanError(f"steps is {steps}; it must be at least 1")
-    state = pools(plan, model, plan.graph(model))
+    model = unwrapped(model)
+    if graph is not None and graph.fingerprint != plan.fingerprint:
+        raise PlanError(f"the graph is of another model: {graph.fingerprint}, not {plan.fingerprint}; use plan.graph()")
+    state = pools(plan, model, graph or plan.graph(whole(model)))
     held = {id(parameter) for parameters in optimizer.param_groups for parameter in parameters["params"]}
     parameters = dict(model.named_parameters())
     missing = [member.tensor for member in state.groups.members if id(parameters[member.tensor]) not in held]
@@ -176,8 +192,16 @@ def attach(plan: Plan, model: nn.Module, optimizer: Optimizer, *, steps: int = 1
     if not plan.debiased:
         _without_decay_(optimizer, [parameters[member.tensor] for member in state.groups.members])
     proximal = Proximal(state, model, Schedule(steps, total), debiased=plan.debiased, optimizer=optimizer)
-    optimizer.register_step_post_hook(lambda *_: proximal.step())
+    optimizer.register_step_post_hook(lambda *_: None if _skipped(optimizer) else proximal.step())
     return proximal
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Return whether a fused optimizer leaves out this step because GradScaler found gradients that are not finite.
+
+    Others are then not called at all.
+    """
+    return bool(getattr(optimizer, "found_inf", False))
 
 
 def _without_decay_(optimizer: Optimizer, penalised: Sequence[Tensor]) -> None:

@@ -18,6 +18,7 @@ from torch.optim import SGD
 
 from planner.evaluation import evaluating
 from planner.importance import Loss
+from planner.parallel import unwrapped
 from planner.prox import Proximal, attach
 from planner.spec import Plan
 from profiles import atomic
@@ -52,6 +53,10 @@ class Recipe:
     sparse_fraction: float = 0.5  # of the steps shrink groups, the others train what is left
     bfloat16: bool = False  # autocast the forward pass
 
+    def __post_init__(self) -> None:
+        if not 0 < self.sparse_fraction <= 1:
+            raise PlanError(f"sparse_fraction is {self.sparse_fraction}; it must be above 0 and at most 1")
+
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of a step, 0-based."""
         warm = max(1, steps // 20)
@@ -76,6 +81,7 @@ class Moment:
 @dataclass
 class _Run:
     model: nn.Module
+    forward: nn.Module  # the model, or what wraps it
     optimizer: SGD
     proximal: Proximal | None
     steps: int
@@ -95,7 +101,9 @@ def fit(
 ) -> list[Moment]:
     """Train `model` in place, with the proximal steps of `plan` if given, and return the history.
 
-    With `checkpoint`, the state is saved after every epoch; the same call with the same recipe and plan continues it.
+    With `checkpoint`, the state is saved after every epoch; the same call with the same recipe and plan continues it,
+    to the same bits on a CPU. It holds torch's random state, for dropout, but not that of numpy or of Python's random.
+    For one process: with several, write the loop and call `attach` in it.
     """
     steps = recipe.epochs * len(train)
     optimizer = SGD(
@@ -103,7 +111,7 @@ def fit(
     )
     shrinking = max(1, round(steps * recipe.sparse_fraction))
     proximal = attach(plan, model, optimizer, steps=shrinking) if plan else None
-    run = _Run(model, optimizer, proximal, steps, [])
+    run = _Run(unwrapped(model), model, optimizer, proximal, steps, [])
     identity = _identity(recipe, plan, len(train))
     if checkpoint is not None and checkpoint.exists():
         _restore(run, checkpoint, identity)
@@ -122,7 +130,7 @@ def _epoch(run: _Run, train: Batches, recipe: Recipe, loss: Loss) -> Iterator[Mo
     """Train for one epoch, reporting about eight times; raises PlanError if the loss is not finite."""
     if (set_epoch := getattr(train, "set_epoch", None)) is not None:
         set_epoch(run.epoch)
-    run.model.train()
+    run.forward.train()
     device = next(run.model.parameters()).device
     every, total, since = max(1, len(train) // 8), torch.zeros((), device=device), 0
     for index, (x, y) in enumerate(train):
@@ -131,7 +139,7 @@ def _epoch(run: _Run, train: Batches, recipe: Recipe, loss: Loss) -> Iterator[Mo
             parameters["lr"] = recipe.rate(step, run.steps)
         run.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-            value = loss(run.model(x.to(device)), y.to(device))
+            value = loss(run.forward(x.to(device)), y.to(device))
         value.backward()  # type: ignore[no-untyped-call]
         run.optimizer.step()
         total, since = total + value.detach(), since + 1
@@ -165,6 +173,7 @@ def _save(run: _Run, path: Path, identity: str) -> None:
             tensors[f"momentum.{name}"] = buffer.contiguous()
     if run.proximal is not None:
         tensors |= {f"proximal.{name}": tensor for name, tensor in run.proximal.state_dict().items()}
+    tensors |= {f"random.{device}": state for device, state in _random_states().items()}
     about = {"identity": identity, "epoch": str(run.epoch), "history": json.dumps([asdict(m) for m in run.history])}
     with atomic.replacing(path) as temporary:
         save_file(tensors, temporary, about)
@@ -203,9 +212,27 @@ def _restore(run: _Run, path: Path, identity: str) -> None:
             run.optimizer.state[parameter]["momentum_buffer"] = buffer
     if run.proximal is not None:
         run.proximal.load_state_dict(_part(tensors, "proximal."))
+    _set_random_states(_part(tensors, "random."))
     run.epoch = int(about["epoch"])
     run.history.extend(Moment(**moment) for moment in json.loads(about["history"]))
     log.info("continuing %s after epoch %d", path, run.epoch)
+
+
+def _random_states() -> dict[str, Tensor]:
+    """Return the state of torch's default generator of each device, which dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Restore the generators of the devices that are present."""
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available() and torch.device(device).index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, device)
 
 
 def _size(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
