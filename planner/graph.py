@@ -24,6 +24,7 @@ from planner.axes import Ids, Propagation, Slice, kind, shape
 from planner.blocks import Block, find_blocks, module_path
 from planner.evaluation import evaluating
 from planner.operations import Choice, Extent, Operation, find_operations
+from planner.parallel import unwrapped
 from planner.rules import propagate
 from profiles.errors import PlanError
 
@@ -91,6 +92,8 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
 
     Raises PlanError with the operation and the file:line if the model does not run on the inputs or cannot be exported.
     """
+    if unwrapped(model) is not model:
+        raise PlanError(f"the model is wrapped by {type(model).__name__}; give the model within it")
     program = _export(model, inputs)
     names = _names(program, model)
     nodes = list(program.graph.nodes)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from planner.structures import Structure
 
 _CHUNK_CPU = 2**18  # weights whose float32 copies stay in the cache
 _CHUNK_DEVICE = 2**26  # 256 MiB in float32
+_JOINED = 2**20  # ids: below, all members are handled in one call, which saves the time that launching many takes
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,8 @@ class Member:
         """Add `values`, reduced to the shape of the ids, to the sums of their groups, (m + 1,)."""
         if self.span is not None:
             sums[self.span].add_(values.reshape(-1))
-            return
-        ids, flat = self.ids.expand_as(values).flatten(), values.to(sums.dtype).flatten()
-        if sums.is_cpu:
-            sums.index_add_(0, ids, flat)
-        else:  # sorts first, so that replicas of a model get the same bits, which index_add_ does not promise
-            sums.index_put_((ids,), flat, accumulate=True)
+        else:
+            _add_(sums, self.ids.expand_as(values).flatten(), values.to(sums.dtype).flatten())
 
     def spread(self, per_group: Tensor) -> Tensor:
         """Give every weight the number of its group: (m + 1,) -> broadcastable to the weights."""
@@ -70,6 +68,7 @@ class Groups:
     members: tuple[Member, ...]
     structure: Tensor  # (m,) int64: the position of the structure that each group belongs to
     shards: tuple[ProcessGroup, ...] = ()  # the processes that hold parts of the split members
+    joined: Tensor | None = None  # the ids of all members one after another, where they are few
 
     @property
     def count(self) -> int:
@@ -80,16 +79,34 @@ class Groups:
         """Return the sum of `values`, shaped (and sharded) like the parameters, over each group, (m,), in float32."""
         return self._added(values, _sum)
 
-    def norms(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return the Euclidean norm of each group, (m,), in float32."""
-        return self._added(parameters, _square).sqrt_()
+    def norms(self, parameters: Mapping[str, Tensor], *, out: Tensor | None = None) -> Tensor:
+        """Return the Euclidean norm of each group, (m,), in float32: new, or the first m of `out`, (m + 1,)."""
+        if self.joined is not None:
+            sums = torch.zeros(self.count + 1, device=self.structure.device) if out is None else out.zero_()
+            values = [_norm(member, parameters[member.tensor].detach()).flatten() for member in self.members]
+            if values:
+                _add_(sums, self.joined, torch.cat(values).square_())
+            return sums[:-1].sqrt_()
+        if out is not None and self._alone:
+            for member in self.members:
+                torch.abs(parameters[member.tensor].detach().flatten(), out=out[member.span])
+            return out[:-1]
+        return self._added(parameters, _square, out=out).sqrt_()
+
+    @cached_property
+    def _alone(self) -> bool:
+        """Whether every group is a single weight, in the order of its parameter."""
+        plain = all(not m.reduced and not m.split and m.span is not None for m in self.members)
+        return plain and sum(m.ids.numel() for m in self.members) == self.count
 
     def sizes(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the number of weights in each group, (m,)."""
         return self._added(parameters, _size)
 
-    def _added(self, values: Mapping[str, Tensor], reduce: Callable[[Member, Tensor], Tensor]) -> Tensor:
-        sums = torch.zeros(self.count + 1, device=self.structure.device)
+    def _added(
+        self, values: Mapping[str, Tensor], reduce: Callable[[Member, Tensor], Tensor], *, out: Tensor | None = None
+    ) -> Tensor:
+        sums = torch.zeros(self.count + 1, device=self.structure.device) if out is None else out.zero_()
         for split in (True, False):  # what every process holds whole is added once the parts are
             for member in self.members:
                 if member.split == split:
@@ -102,7 +119,13 @@ class Groups:
     @torch.no_grad()
     def scale_(self, parameters: Mapping[str, Tensor], scale: Tensor) -> None:
         """Multiply the weights of each group by its entry of `scale`, (m,)."""
-        padded = torch.cat([scale, scale.new_ones(1)])
+        gathers = self.joined is not None or any(member.span is None for member in self.members)
+        padded = torch.cat([scale, scale.new_ones(1)]) if gathers else scale
+        if self.joined is not None and self.members:
+            pieces = torch.split(padded[self.joined], [member.ids.numel() for member in self.members])
+            factors = [piece.view(member.ids.shape) for piece, member in zip(pieces, self.members, strict=True)]
+            torch._foreach_mul_([parameters[member.tensor] for member in self.members], factors)
+            return
         for member in self.members:
             for part, weights in member.parts(local(parameters[member.tensor])):
                 weights.mul_(part.spread(padded).to(weights.dtype))
@@ -110,17 +133,31 @@ class Groups:
     def to(self, device: torch.device) -> "Groups":
         """Return the groups with their ids on another device."""
         members = tuple(replace(member, ids=member.ids.to(device)) for member in self.members)
-        return replace(self, members=members, structure=self.structure.to(device))
+        joined = None if self.joined is None else self.joined.to(device)
+        return replace(self, members=members, structure=self.structure.to(device), joined=joined)
 
 
 def _sum(member: Member, weights: Tensor) -> Tensor:
     return weights.sum(member.reduced, True, dtype=torch.float32) if member.reduced else weights
 
 
+def _norm(member: Member, weights: Tensor) -> Tensor:
+    if not member.reduced:
+        return weights.to(torch.float32)
+    # In one pass, without a copy of float32 weights.
+    norms: Tensor = torch.linalg.vector_norm(weights, dim=member.reduced, keepdim=True, dtype=torch.float32)
+    return norms
+
+
 def _square(member: Member, weights: Tensor) -> Tensor:
-    if member.reduced:  # in one pass, without a copy of float32 weights
-        weights = torch.linalg.vector_norm(weights, dim=member.reduced, keepdim=True, dtype=torch.float32)
-    return weights.to(torch.float32).square()
+    return _norm(member, weights).square()
+
+
+def _add_(sums: Tensor, ids: Tensor, values: Tensor) -> None:
+    if sums.is_cpu:
+        sums.index_add_(0, ids, values)
+    else:  # sorts first, so that replicas of a model get the same bits, which index_add_ does not promise
+        sums.index_put_((ids,), values, accumulate=True)
 
 
 def _size(member: Member, weights: Tensor) -> Tensor:
@@ -145,7 +182,10 @@ def group(structures: Sequence[Structure], model: nn.Module) -> Groups:
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
     shards = shard_groups((member.tensor, parameters[member.tensor]) for member in members)
-    return Groups(tuple(structures), tuple(members), owner, shards).to(device)
+    few = not any(m.split for m in members) and sum(m.ids.numel() for m in members) <= _JOINED
+    few = few and sum(parameters[m.tensor].numel() for m in members) <= _CHUNK_DEVICE  # else in chunks
+    joined = torch.cat([torch.zeros(0, dtype=torch.int64), *(m.ids.flatten() for m in members)]) if few else None
+    return Groups(tuple(structures), tuple(members), owner, shards, joined).to(device)
 
 
 def _member(tensor: str, ids: Tensor, parameter: Tensor, total: int) -> Member:

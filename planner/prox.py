@@ -73,6 +73,9 @@ class Proximal:
         self._debiased = debiased
         self._optimizer = optimizer
         self._full = state.costs(torch.ones_like(state.pool, dtype=torch.bool))
+        self._a, self._d = _alike(state.a), _alike(state.d)
+        self._pool = None if len(state.k) == 1 else state.pool
+        self._norms = torch.zeros(state.groups.count + 1, device=state.d.device)  # kept: a new one costs page faults
         self._kept: Tensor | None = None
         self._skipped = torch.zeros((), dtype=torch.int64, device=state.d.device)
 
@@ -105,18 +108,25 @@ class Proximal:
     def _shrink(self) -> None:
         state = self._state
         k = self.schedule.budgets(self.taken, state.k, self._full)
-        norms = state.groups.norms(self._parameters)
-        finite = norms.isfinite().all()
-        if norms.is_cpu and not finite:  # elsewhere, looking would stop the device: the factors are then ones
-            raise PlanError(f"training diverged: weights not finite at step {self.taken}; lower the learning rate")
-        self._skipped += ~finite
+        norms = state.groups.norms(self._parameters, out=self._norms)
+        if not norms.is_cpu:  # looking would stop the device: the factors are then ones
+            self._skipped += ~norms.isfinite().all()
         size = self._size(self.schedule.step_size(self.taken))
-        scale = envelope.scale(norms, size, state.a, state.d, k, pool=state.pool, debiased=self._debiased)
-        state.groups.scale_(self._parameters, scale)
+        try:
+            factors = envelope.scale(
+                norms, size, self._a, self._d, k, pool=self._pool, debiased=self._debiased, out=norms
+            )
+        except ValueError as error:
+            if norms.isfinite().all():
+                raise
+            told = f"training diverged: weights not finite at step {self.taken}; lower the learning rate"
+            raise PlanError(told) from error
+        state.groups.scale_(self._parameters, factors)
 
     def _size(self, size: float) -> Tensor | float:
         """Return the step size, per group where the optimizer has a diagonal metric."""
-        curvature = {} if self._optimizer is None else _curvature(self._optimizer, self._parameters)
+        own = {member.tensor: self._parameters[member.tensor] for member in self._state.groups.members}
+        curvature = {} if self._optimizer is None else _curvature(self._optimizer, own)
         if any(member.tensor not in curvature for member in self._state.groups.members):
             return size
         groups, pool = self._state.groups, self._state.pool
@@ -147,6 +157,11 @@ class Proximal:
         self._kept = state["kept"].to(self._state.d.device) if len(state["kept"]) else None
 
 
+def _alike(values: Tensor) -> Tensor | float:
+    """Return the number that all values are, or the values."""
+    return float(values[0]) if len(values) and bool((values == values[0]).all()) else values
+
+
 def _curvature(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return √v̂ + ε of each parameter that an optimizer like Adam keeps v for."""
     options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -172,9 +187,9 @@ def attach(
     """Make every step of `optimizer` end with the plan's proximal step; the support is fixed after `steps` of them.
 
     `model` may be wrapped by DistributedDataParallel or torch.compile. A sharded one cannot be traced: make its graph,
-    `graph = plan.graph(model)`, before `fully_shard(model)`, the optimizer after it, and give both here.
-    In the convex form, weight decay on penalised weights is taken out (they move to a parameter group of their own), and
-    a warning says so. Raises PlanError if the plan is for another model or the optimizer lacks the plan's parameters.
+    `graph = plan.graph(model)`, before `fully_shard(model)`, the optimizer after it, and give both here. In the convex
+    form, weight decay on penalised weights is taken out (they move to a parameter group of their own), and a warning
+    says so. Raises PlanError if the plan is for another model or the optimizer lacks the plan's parameters.
     """
     if steps < 1:
         raise PlanError(f"steps is {steps}; it must be at least 1")

@@ -371,3 +371,9 @@ def test_a_branch_on_data_is_refused_with_the_place() -> None:
 def test_a_model_without_layers_has_no_widths() -> None:
     graph = traced(nn.ReLU())
     assert (graph.widths, graph.blocks, graph.operations) == ((), (), ())
+
+
+def test_a_wrapped_model_is_refused() -> None:
+    model = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3)), backend="eager")
+    with pytest.raises(PlanError, match="wrapped by OptimizedModule"):
+        trace(model, (torch.ones(PIXELS),))
