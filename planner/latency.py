@@ -21,6 +21,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.optimize import nnls
+from scipy.stats import t as student_t
 
 from planner.graph import Graph
 from planner.operations import Choice, Operation
@@ -79,6 +80,15 @@ class LatencyTable(_Part):
     probes: tuple[Probe, ...]
     mean_error: float  # relative, on the held-out probes
     max_error: float
+    held_out_errors: tuple[float, ...] = ()  # predicted / measured - 1 of each
+
+    @property
+    def uncertainty(self) -> float:
+        """Half the width of the 95 % prediction interval, relative: Student's t times the held-out errors' rms."""
+        if not self.held_out_errors:
+            return 0.0
+        rms = float(np.sqrt(np.mean(np.square(self.held_out_errors))))
+        return float(student_t.ppf(0.975, len(self.held_out_errors))) * rms
 
     @cached_property
     def _cost(self) -> dict[Key, float]:

@@ -204,13 +204,14 @@ def fitted(bench: Bench, probes: Sequence[Probe], options: Options) -> LatencyTa
             overhead_s=overhead_s,
             entries=entries,
             probes=tuple(probes),
-            mean_error=mean(errors) if errors else 0.0,
-            max_error=max(errors, default=0.0),
+            mean_error=mean(map(abs, errors)) if errors else 0.0,
+            max_error=max(map(abs, errors), default=0.0),
+            held_out_errors=tuple(errors),
         )
 
     first = table([probe for probe in scaled if not probe.held_out], [])
     judged = [probe for probe in scaled if probe.held_out]
-    errors = [abs(first.latency(bench.graph, p.choice) / p.latency_s - 1) for p in judged]
+    errors = [first.latency(bench.graph, p.choice) / p.latency_s - 1 for p in judged]
     return table(scaled, errors)
 
 

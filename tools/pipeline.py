@@ -23,7 +23,7 @@ from tools.calibrate import Bench, bench, calibrate
 from tools.console import Stage
 from tools.contenders import Contender, built, narrowed, rows, runtimes, timed, uniform
 from tools.outcome import Accuracy, Interval, Outcome, Step, Verdict, WidthRow
-from tools.planning import CLOSE, Brief, contest, sensitivity, settled
+from tools.planning import Brief, contest, sensitivity, settled
 from tools.sources import example_inputs, load_data, load_model
 from tools.threads import fastest, one_thread
 
@@ -262,7 +262,7 @@ def _contenders(run: Run, plan: Plan, table: LatencyTable, small: nn.Module, acc
     graph = run.bench.graph
     choice = graph.choice(plan.choice.keep, plan.choice.removed)
     other = uniform(graph, graph.macs(choice), grid=_grid(run.profile))
-    spread = max(table.max_error, CLOSE)
+    spread = table.uncertainty
 
     def predicted(seconds: float | None) -> Interval | None:
         if seconds is None:

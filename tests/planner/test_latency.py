@@ -107,3 +107,12 @@ def test_a_table_survives_its_file_and_a_spoilt_one_is_refused(tmp_path: Path) -
     path.write_text(path.read_text().replace("0.001", "0.002", 1))
     with pytest.raises(PlanError, match=r"was edited after it was written.*espalier calibrate"):
         LatencyTable.load(path)
+
+
+@pytest.mark.parametrize(("errors", "half"), [((), 0.0), ((0.01, -0.01), 4.3027 * 0.01), ((0.02,) * 6, 2.4469 * 0.02)])
+def test_the_prediction_interval_is_students(errors: tuple[float, ...], half: float) -> None:
+    table = LatencyTable(
+        profile="p", runtime="r", runtime_version="1", device="d", threads=1, created="now", fingerprint="f",
+        overhead_s=0.0, entries=(), probes=(), mean_error=0.0, max_error=0.0, held_out_errors=errors,
+    )  # fmt: skip
+    assert table.uncertainty == pytest.approx(half, rel=1e-4)

@@ -243,3 +243,18 @@ def test_an_average_of_the_weights_is_hardened_on_its_own(plan: Plan, unwrap: bo
     assert excess(plan, own, plan.graph(own)) == []
     assert torch.equal(support(plan, own), support(plan, model))
     assert rebuild(plan, own.eval())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device to see host synchronisation")
+def test_a_step_does_not_wait_for_the_device(plan: Plan) -> None:
+    model = fresh().cuda()
+    proximal = attach(plan, model, sgd(model), steps=SHRINKING)
+    proximal.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(SHRINKING - 2):
+            proximal.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    proximal.step()
+    assert proximal.frozen
