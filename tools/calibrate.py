@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
@@ -33,6 +33,7 @@ Options = Mapping[str, Sequence[int]]
 Progress = Callable[[str, int, int], None]
 _TOGETHER = 12  # probes timed in turns with the dense network
 _HELD_OUT = 6
+_LONGER = 4
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ def fitted(bench: Bench, probes: Sequence[Probe], options: Options) -> LatencyTa
 def refined(bench: Bench, table: LatencyTable, choice: Choice, *, progress: Progress) -> tuple[LatencyTable, float]:
     """Measure the network of a plan and fit the table to it too; return the table and the error it had there."""
     full = bench.graph.choice(choice.keep, choice.removed)
-    (probe,) = measure_choices(bench, [(full, False)], progress=progress)
+    longer = replace(bench, seconds=_LONGER * bench.seconds)  # one network decides more here than one of many
+    (probe,) = measure_choices(longer, [(full, False)], progress=progress)
     dense_s = table.latency(bench.graph, bench.graph.dense)
     error = table.latency(bench.graph, full) / (probe.relative * dense_s) - 1
     return fitted(bench, [*table.probes, probe], candidates(bench.graph, bench.profile)), error
