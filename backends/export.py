@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 
 from backends.artifact import specs_of
 from backends.subnormals import flushed
+from planner.evaluation import evaluating
 from profiles.atomic import replacing
 from profiles.errors import BackendUnavailable, BuildError
 
-__all__ = ["Export", "evaluating", "export_onnx"]
+__all__ = ["Export", "export_onnx"]
 
 OPSET = 17
 log = logging.getLogger(__name__)
@@ -46,18 +46,6 @@ def export_onnx(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], path: 
     if count:
         log.info("%s: %d subnormal constants set to 0", path, count)
     return Export(Path(path), count)
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module of `model` in eval mode, and each back in its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _export(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> None:

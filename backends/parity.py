@@ -7,7 +7,7 @@ import torch
 
 from backends.artifact import Parity
 from backends.contract import Array, Session, flattened
-from backends.export import evaluating
+from planner.evaluation import evaluating
 from profiles.errors import BuildError
 
 __all__ = ["CASES", "RELATIVE_TOLERANCE", "check_parity"]
