@@ -183,7 +183,8 @@ def group(structures: Sequence[Structure], model: nn.Module) -> Groups:
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
     shards = shard_groups((member.tensor, parameters[member.tensor]) for member in members)
     few = not any(m.split for m in members) and sum(m.ids.numel() for m in members) <= _JOINED
-    few = few and sum(parameters[m.tensor].numel() for m in members) <= _CHUNK_DEVICE  # else in chunks
+    few = few and sum(parameters[m.tensor].numel() for m in members) <= _CHUNK_DEVICE
+    few = few and all(parameters[m.tensor].dtype == torch.float32 for m in members)  # others are faster in chunks
     joined = torch.cat([torch.zeros(0, dtype=torch.int64), *(m.ids.flatten() for m in members)]) if few else None
     return Groups(tuple(structures), tuple(members), owner, shards, joined).to(device)
 
