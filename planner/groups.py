@@ -79,17 +79,18 @@ class Groups:
         """Return the sum of `values`, shaped (and sharded) like the parameters, over each group, (m,), in float32."""
         return self._added(values, _sum)
 
+    @torch.no_grad()
     def norms(self, parameters: Mapping[str, Tensor], *, out: Tensor | None = None) -> Tensor:
         """Return the Euclidean norm of each group, (m,), in float32: new, or the first m of `out`, (m + 1,)."""
         if self.joined is not None:
             sums = torch.zeros(self.count + 1, device=self.structure.device) if out is None else out.zero_()
-            values = [_norm(member, parameters[member.tensor].detach()).flatten() for member in self.members]
+            values = [_norm(member, parameters[member.tensor]).flatten() for member in self.members]
             if values:
                 _add_(sums, self.joined, torch.cat(values).square_())
             return sums[:-1].sqrt_()
         if out is not None and self._alone:
             for member in self.members:
-                torch.abs(parameters[member.tensor].detach().flatten(), out=out[member.span])
+                torch.abs(parameters[member.tensor].flatten(), out=out[member.span])
             return out[:-1]
         return self._added(parameters, _square, out=out).sqrt_()
 
@@ -123,7 +124,8 @@ class Groups:
         padded = torch.cat([scale, scale.new_ones(1)]) if gathers else scale
         if self.joined is not None and self.members:
             pieces = torch.split(padded[self.joined], [member.ids.numel() for member in self.members])
-            factors = [piece.view(member.ids.shape) for piece, member in zip(pieces, self.members, strict=True)]
+            of = zip(pieces, self.members, strict=True)
+            factors = [piece if m.ids.dim() == 1 else piece.view(m.ids.shape) for piece, m in of]
             torch._foreach_mul_([parameters[member.tensor] for member in self.members], factors)
             return
         for member in self.members:
@@ -143,7 +145,7 @@ def _sum(member: Member, weights: Tensor) -> Tensor:
 
 def _norm(member: Member, weights: Tensor) -> Tensor:
     if not member.reduced:
-        return weights.to(torch.float32)
+        return weights if weights.dtype == torch.float32 else weights.to(torch.float32)
     # In one pass, without a copy of float32 weights.
     norms: Tensor = torch.linalg.vector_norm(weights, dim=member.reduced, keepdim=True, dtype=torch.float32)
     return norms
