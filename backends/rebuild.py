@@ -2,23 +2,24 @@
 
 import copy
 import logging
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from backends.equivalence import equivalence
-from planner.blocks import Block, bare_shortcut
-from planner.graph import Graph, aliases
+from backends.equivalence import Proof
+from backends.regraph import regraph
+from backends.surgery import surgery
+from planner.graph import Graph
 from planner.groups import group
 from planner.pools import excess
 from planner.spec import Plan
-from planner.structures import Filter
+from planner.structures import Depth, Filter, Structure
 from profiles.errors import BuildError, PlanError
 
 log = logging.getLogger(__name__)
 Kept = Mapping[str, Tensor]  # channels kept of each width, (kept,) int64
+KEPT = "espalier_kept"  # the attribute of a rebuilt model that holds them
 
 
 def rebuild(plan: Plan, model: nn.Module, *, cases: int = 2) -> nn.Module:
@@ -34,7 +35,8 @@ def rebuild(plan: Plan, model: nn.Module, *, cases: int = 2) -> nn.Module:
             "pools); train for as many steps as the schedule has, or call planner.harden_(plan, model)"
         )
     dense = cut(model, graph, support(plan, model, graph), plan.choice.removed)
-    equivalence(graph, model, dense, [plan.inputs_like(seed=seed) for seed in range(cases)])
+    lossy = any(graph.width[width.name].lossy for width in plan.widths if width.keep < width.dense)
+    Proof(graph, model, cases=cases, exact=not lossy).check(dense)
     return dense
 
 
@@ -52,42 +54,50 @@ def support(plan: Plan, model: nn.Module, graph: Graph) -> Kept:
 
 
 def cut(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str] = frozenset()) -> nn.Module:
-    """Return a copy of `model` with only the channels `kept` of the named widths and without the blocks `removed`."""
-    frozen = [graph.block[name] for name in removed if graph.block[name].frozen] + [
-        graph.width[name] for name in kept if graph.width[name].frozen
-    ]
+    """Return a copy of `model` with only the channels `kept` of the named widths and without the blocks `removed`.
+
+    It is of the user's own class where its forward computes, on random inputs, what `model` does with the other
+    channels at zero; where sizes are written into the forward, the exported graph with these put right.
+    """
+    kept = {name: channels for name, channels in kept.items() if len(channels) < graph.width[name].size}
+    frozen = [part for part in (*(graph.block[n] for n in removed), *(graph.width[n] for n in kept)) if part.frozen]
     if frozen:
         raise PlanError(f"{frozen[0].name} cannot be cut: {frozen[0].frozen}")
-    dense = copy.deepcopy(model)
-    dense = _without(dense, [graph.block[name] for name in sorted(removed)])
-    names = aliases(model)
-    for (tensor, axis), keep in _masks(graph, kept).items():
-        _select(_owners(dense, names[tensor]), axis, keep)
+    if not kept and not removed:
+        return copy.deepcopy(model)
+    dense = _smaller(model, graph, kept, removed)
+    dense.__dict__[KEPT] = dict(kept)
     return dense
 
 
-def _without(dense: nn.Module, blocks: Sequence[Block]) -> nn.Module:
-    """Return `dense` without the bodies of `blocks`; one that lies in the body of another goes with it."""
-    by_module = defaultdict(list)
-    for block in blocks:
-        if not any(block.body < other.body for other in blocks):
-            by_module[block.module].append(block)
-    for module, own in sorted(by_module.items(), reverse=True):  # inner modules first
-        shortcut = bare_shortcut(dense.get_submodule(module), own)
-        if not module:
-            return shortcut
-        dense.set_submodule(module, shortcut)
+def _smaller(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str]) -> nn.Module:
+    masks = _masks(graph, kept)
+    exact = not any(graph.width[name].lossy for name in kept)
+    proof = Proof(graph, zeroed(model, graph, kept, removed), exact=exact)
+    choice = graph.choice({name: len(channels) for name, channels in kept.items()}, removed)
+    try:
+        return surgery(model, graph, masks, choice, proof)
+    except (PlanError, BuildError) as error:
+        log.info("rebuilt as a graph, since the model's own forward does not follow: %s", error)
+    inputs = tuple(x.to(next(model.parameters()).device) for x in graph.example())
+    dense = regraph(model, inputs, {key: mask.numpy() for key, mask in masks.items()}, removed)
+    proof.check(dense)
     return dense
 
 
-def _owners(dense: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module, str]]:
-    """Return every (module, attribute) that still holds the tensor of these names."""
-    modules = dict(dense.named_modules(remove_duplicate=False))
-    found = {}
-    for path, _, attribute in (name.rpartition(".") for name in names):
-        if isinstance(getattr(modules.get(path), attribute, None), Tensor):
-            found[id(modules[path]), attribute] = modules[path], attribute
-    return list(found.values())
+def zeroed(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str] = frozenset()) -> nn.Module:
+    """Return a copy of `model` in which the weights of all channels but `kept`, and the blocks `removed`, are zero."""
+    masked = copy.deepcopy(model)
+    structures: list[Structure] = [Depth(graph.block[name]) for name in sorted(removed)]
+    stay = [torch.zeros(len(structures), dtype=torch.bool)]
+    for name, channels in kept.items():
+        structures.append(Filter(graph.width[name]))
+        stay.append(torch.zeros(graph.width[name].size, dtype=torch.bool).index_fill_(0, channels, True))
+    groups = group(structures, masked)
+    parameters = dict(masked.named_parameters())
+    with torch.no_grad():
+        groups.scale_(parameters, torch.cat(stay).to(next(masked.parameters()).device, torch.float32))
+    return masked
 
 
 def _masks(graph: Graph, kept: Kept) -> dict[tuple[str, int], Tensor]:
@@ -103,37 +113,3 @@ def _masks(graph: Graph, kept: Kept) -> dict[tuple[str, int], Tensor]:
             key = (piece.tensor, piece.axis)
             masks[key] = masks[key] & mask if key in masks else mask
     return masks
-
-
-# What a module says about its own sizes, by the axis of its weight that they follow.
-_SIZES = {
-    nn.Conv1d: ("out_channels", "in_channels"),
-    nn.Conv2d: ("out_channels", "in_channels"),
-    nn.Linear: ("out_features", "in_features"),
-    nn.PReLU: ("num_parameters",),
-    nn.modules.batchnorm._BatchNorm: ("num_features",),
-}
-
-
-def _select(owners: Sequence[tuple[nn.Module, str]], axis: int, keep: Tensor) -> None:
-    """Keep these elements of an axis of one tensor, wherever it is held."""
-    if not owners:  # it left with a block
-        return
-    old = getattr(*owners[0])
-    new = old.detach().index_select(axis, keep.nonzero().flatten().to(old.device)).contiguous()
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-    for module, attribute in owners:
-        setattr(module, attribute, new)
-        if attribute == "weight":
-            _resize(module, axis, old.shape[axis], new.shape[axis])
-
-
-def _resize(module: nn.Module, axis: int, before: int, after: int) -> None:
-    names = next((sizes for kind, sizes in _SIZES.items() if isinstance(module, kind)), ())
-    if axis < len(names):
-        setattr(module, names[axis], after)
-    groups = getattr(module, "groups", 1)
-    if axis == 0 and groups > 1:  # depthwise: its inputs go with its outputs
-        narrower = after // (before // groups)
-        module.__dict__.update(groups=narrower, in_channels=narrower)

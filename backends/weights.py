@@ -1,38 +1,71 @@
 """Weights on disk: safetensors, written atomically, checked against the model that they are loaded into."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from backends.rebuild import cut
+from backends.rebuild import KEPT, cut
+from planner.graph import Graph
 from planner.spec import Plan
 from profiles import atomic
 from profiles.errors import PlanError
 
 
 def save(model: nn.Module, path: Path | str) -> None:
-    """Write the weights of a rebuilt model as safetensors, atomically."""
+    """Write the weights of a rebuilt model as safetensors, atomically, with the channels that it keeps."""
+    kept = {name: channels.tolist() for name, channels in getattr(model, KEPT, {}).items()}
     with atomic.replacing(path) as temporary:
         # Tensors of several names are written under each: the format knows no sharing.
-        save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, temporary)
+        tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+        save_file(tensors, temporary, {"kept": json.dumps(kept)})
+
+
+def save_pruned(plan: Plan, model: nn.Module, folder: Path | str) -> None:
+    """Write a rebuilt model as `weights.safetensors` and `plan.json` into `folder`, which is made if need be."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    plan.save(Path(folder) / "plan.json")
+    save(model, Path(folder) / "weights.safetensors")
+
+
+def load_pruned(factory: Callable[[], nn.Module], folder: Path | str) -> nn.Module:
+    """Return the model that `save_pruned` wrote: `factory` makes the dense one, whose weights do not matter.
+
+    Nothing is unpickled. Raises PlanError if a file is missing or edited, or the factory makes another model.
+    """
+    return load_rebuilt(Plan.load(Path(folder) / "plan.json"), factory(), Path(folder) / "weights.safetensors")
 
 
 def load_rebuilt(plan: Plan, model: nn.Module, path: Path | str) -> nn.Module:
     """Return the rebuilt model whose weights `save` wrote: `model` is the dense class, its weights do not matter."""
     graph = plan.graph(model)
     weights = read(path)
+    dense = cut(model, graph, _kept(plan, graph, weights, path), plan.choice.removed)
+    load_into_(dense, weights, path)
+    return dense
+
+
+def _kept(plan: Plan, graph: Graph, weights: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
+    """Return the channels that a file says its model keeps, checked; for one that does not say, the first ones."""
+    with safe_open(path, "pt") as file:
+        said = json.loads((file.metadata() or {}).get("kept", "{}"))
     kept = {}
     for width in (graph.width[width.name] for width in plan.widths if width.keep):
+        if width.name in said:
+            channels = torch.tensor(said[width.name], dtype=torch.int64)
+            if channels.dim() != 1 or not len(channels) or channels.min() < 0 or channels.max() >= width.size:
+                raise PlanError(f"{path} keeps channels of {width.name} that the model does not have; save it again")
+            kept[width.name] = channels
+            continue
         piece = next((s for s in width.slices if s.tensor in weights and (s.units >= 0).all()), None)
         if piece is not None and weights[piece.tensor].dim() > piece.axis:  # else the file does not fit, or it left
             repeats = len(piece.units) // width.size
             kept[width.name] = torch.arange(min(width.size, weights[piece.tensor].shape[piece.axis] // repeats))
-    dense = cut(model, graph, kept, plan.choice.removed)
-    load_into_(dense, weights, path)
-    return dense
+    return kept
 
 
 def read(path: Path | str) -> dict[str, Tensor]:

@@ -1,11 +1,15 @@
 """Which elements of which tensor axes must be cut together: the state that planner.rules fills.
 
-A *unit* is one output channel of one producing layer. Every tensor axis carries either None (not tracked) or an integer
-array with the unit of each element; -1 marks an element that is constantly zero.
+A *unit* is one position on one axis of a *leaf*: a parameter, a buffer or a constant. Every tensor of the program
+carries *tracks*: arrays of units, broadcastable to the tensor, that say which unit each element belongs to. Operations
+act on tracks as they act on the data: a concatenation concatenates them, a reshape reshapes them, an addition ties
+them. An axis that no track varies along is not followed and cannot be cut.
 """
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,6 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 Ids = NDArray[np.int64]
-Axes = tuple[Ids | None, ...]
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -29,69 +32,137 @@ class Slice:
     penalised: bool
 
 
+@dataclass(frozen=True)
+class Track:
+    """The units of a tensor's elements, broadcastable to it, and whether an element is zero once its unit is."""
+
+    units: Ids
+    zero: NDArray[np.bool_]  # of the shape of `units`
+    promise: frozenset[tuple[str, int]] = frozenset()  # (parameter, axis): zero only if these are penalised
+
+    @cached_property
+    def axes(self) -> tuple[int, ...]:
+        """The axes that it varies along."""
+        return tuple(i for i, size in enumerate(self.units.shape) if size > 1)
+
+    def moved(self, move: Callable[[NDArray[Any]], NDArray[Any]]) -> "Track":
+        """Return the track of elements moved as `move` moves an array."""
+        return Track(move(self.units), move(self.zero), self.promise)
+
+    def along(self, axis: int) -> Ids:
+        """Return the units along the one axis that it varies along."""
+        return np.moveaxis(self.units, axis, 0).reshape(self.units.shape[axis], -1)[:, 0]
+
+
+Value = tuple[Track, ...]
+"""The tracks of a tensor; no two vary along one axis."""
+
+
 @dataclass
 class Propagation:
-    """The state of one pass over a graph: ids per node, ties between ids, and the slices of parameters they own."""
+    """The state of one pass over a graph: tracks per node, ties between units, and what each leaf owns of them."""
 
-    names: dict[str, str]  # placeholder -> parameter or buffer name
+    names: dict[str, str]  # placeholder -> parameter, buffer or constant
     trained: frozenset[str]  # the names of parameters: what penalties can make zero
+    lossy: bool = False  # whether layer normalisations over a cut axis are let pass, with an error
     count: int = 0
+    current: Node | None = None
     ties: list[Ids] = field(default_factory=list)  # (2, n) pairs of units that are the same group
+    tied_at: list[Node | None] = field(default_factory=list)  # the operation that made each of them
     siblings: list[Ids] = field(default_factory=list)  # (2, n) pairs of units of one producer
-    slices: list[Slice] = field(default_factory=list)
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
-    axes: dict[Node, Axes] = field(default_factory=dict)
+    values: dict[Node, Value | list[Value]] = field(default_factory=dict)
     makers: list[tuple[Ids, Node]] = field(default_factory=list)
-    uses: set[tuple[str, int, Node]] = field(default_factory=set)  # (tensor, axis, node that is known to use it so)
+    leaves: dict[tuple[str, int], Ids] = field(default_factory=dict)  # (leaf, axis) -> its units
+    penalised: set[tuple[str, int]] = field(default_factory=set)
+    counted: list[tuple[Node, Ids]] = field(default_factory=list)  # operations that divide by the length of an axis
+    inexact: list[tuple[Ids, str]] = field(default_factory=list)  # units that are cut with an error, and why
 
-    def fresh(self, size: int, node: Node) -> Ids:
-        """Return `size` new units made by `node`."""
+    def fresh(self, size: int) -> Ids:
+        """Return `size` new units."""
         units = np.arange(self.count, self.count + size)
         self.count += size
-        self.siblings.append(np.stack([units[:-1], units[1:]]))
-        self.makers.append((units, node))
         return units
 
-    def tie(self, a: Ids, b: Ids) -> Ids:
-        """Make elements of `a` and `b` one group where both are units; return the units of their sum."""
-        both = (a >= 0) & (b >= 0)
-        self.ties.append(np.stack([a[both], b[both]]))
-        return np.where(a >= 0, a, b)
+    def make(self, units: Ids, node: Node) -> None:
+        """Record that `node` produces `units`: they are channels of one width."""
+        units = units.reshape(-1)
+        self.siblings.append(np.stack([units[:-1], units[1:]]))
+        self.makers.append((units, node))
 
-    def own(self, node: Node, argument: object, *, axis: int, units: Ids, penalised: bool) -> None:
-        """Record that `units` own the elements of an axis of a parameter of `node`; a second use of it ties both."""
-        tensor = self.parameter(argument)
-        if tensor is None:
-            return
-        self.uses.add((tensor, axis, node))
-        if penalised and tensor not in self.trained:
-            self.freeze(units, f"{tensor} is no parameter that could become zero, {place(node)}")
-        known = next((s for s in self.slices if s.tensor == tensor and s.axis == axis), None)
-        if known is not None:
-            self.tie(known.units, units)
-        else:
-            self.slices.append(Slice(tensor, axis, units, penalised))
+    def tie(self, a: Ids, b: Ids) -> None:
+        """Make the elements of `a` and `b`, broadcast to each other, the same groups."""
+        left, right = np.broadcast_arrays(a, b)
+        differ = left != right
+        if differ.any():
+            self.ties.append(np.stack([left[differ], right[differ]]))
+            self.tied_at.append(self.current)
 
-    def freeze(self, units: Ids | None, reason: str) -> None:
+    def freeze(self, units: Ids | Track | None, reason: str) -> None:
         """Forbid cutting `units`, because of `reason`."""
-        if units is not None and (units >= 0).any():
-            self.frozen.append((np.unique(units[units >= 0]), reason))
+        if units is not None:
+            self.frozen.append((np.unique(units.units if isinstance(units, Track) else units), reason))
 
-    def parameter(self, argument: object) -> str | None:
-        """Return the parameter or buffer that an argument of a node is, or None."""
-        return self.names.get(argument.name) if isinstance(argument, Node) else None
+    def settle(self, track: Track) -> Track:
+        """Penalise what must be penalised for the track's zeros to be zero."""
+        self.penalised |= track.promise
+        return replace(track, promise=frozenset()) if track.promise else track
 
-    def of(self, argument: object) -> Axes:
-        """Return the ids of the axes of an argument."""
+    def single(self, track: Track, prefer: Sequence[int] = ()) -> Track:
+        """Tie a track that varies along several axes so that it varies along one: the first of `prefer` or of all."""
+        if len(track.axes) < 2:
+            return track
+        axis = next((axis for axis in prefer if axis in track.axes), track.axes[0])
+        rest = tuple(other for other in track.axes if other != axis)
+        first = track.units[tuple(slice(0, 1) if i in rest else slice(None) for i in range(track.units.ndim))]
+        self.tie(track.units, first)
+        return Track(first, track.zero.all(axis=rest, keepdims=True), track.promise)
+
+    def name(self, argument: object) -> str | None:
+        """Return the name of the leaf that an argument of a node is, or None."""
+        if not isinstance(argument, Node):
+            return None
+        return self.names.get(argument.name, argument.name if is_factory(argument) else None)
+
+    def leaf(self, node: Node, axis: int) -> Track:
+        """Return the track of one axis of a leaf."""
+        name = self.name(node)
+        assert name is not None
+        size = shape(node)
+        if (name, axis) not in self.leaves:
+            self.leaves[name, axis] = self.fresh(size[axis])
+        form = [-1 if i == axis else 1 for i in range(len(size))]
+        own = name in self.trained
+        zero = np.full(size[axis], own or kind(node).startswith(("zeros", "new_zeros")))
+        promise = frozenset({(name, axis)}) if own else frozenset[tuple[str, int]]()
+        return Track(self.leaves[name, axis].reshape(form), zero.reshape(form), promise)
+
+    def of(self, argument: object) -> Value:
+        """Return the tracks of an argument of a node."""
         if not isinstance(argument, Node):
             return ()
-        return self.axes.get(argument, (None,) * len(shape(argument)))
+        if argument not in self.values and self.name(argument) is not None:
+            self.values[argument] = tuple(self.leaf(argument, i) for i, n in enumerate(shape(argument)) if n > 1)
+        found = self.values.get(argument, ())
+        return found if isinstance(found, tuple) else ()
+
+
+def is_factory(node: Node) -> bool:
+    """Whether a node makes a tensor from numbers alone."""
+    if node.op != "call_function" or not shape(node):
+        return False
+    return not any(isinstance(source.meta.get("val"), torch.Tensor | tuple | list) for source in node.all_input_nodes)
 
 
 def shape(argument: object) -> tuple[int, ...]:
-    """Return the shape of the tensor that a node makes, () for anything else."""
+    """Return the shape of the tensor that a node makes, () for anything else; of dynamic sizes those of the example."""
     value = argument.meta.get("val") if isinstance(argument, Node) else None
-    return tuple(int(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+    return tuple(number(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def number(size: Any) -> int:
+    """Return a size as a number: of a dynamic one that of the example."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def arg(node: Node, index: int, name: str, default: Any = None) -> Any:

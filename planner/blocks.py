@@ -27,6 +27,7 @@ class Block:
     modules: frozenset[str]  # the modules that hold the body's parameters
     repeats_relu: bool  # what is left is the ReLU of a ReLU's output: nothing
     where: str
+    add: str = ""  # the name of the node that adds body and shortcut
     frozen: str | None = None  # why it cannot leave
 
 
@@ -52,7 +53,7 @@ def find_blocks(
         last = _zeroing(end, names)
         if _layers(body) and last and trained.issuperset(last) and given & _ancestors(shortcut):
             found.append(_block(node, body, last, names, taken={block.name for block in found}))
-    return tuple(replace(block, frozen=_shared(nodes, names, block) or _obstacle(model, block)) for block in found)
+    return tuple(replace(block, frozen=_shared(nodes, names, block) or _overwriting(nodes, block)) for block in found)
 
 
 def _joins(node: Node) -> bool:
@@ -72,12 +73,12 @@ def _shared(nodes: Sequence[Node], names: dict[str, str], block: Block) -> str |
     return None
 
 
-def _obstacle(model: nn.Module, block: Block) -> str | None:
-    """Return why the bare shortcut cannot be made, or None."""
-    try:
-        bare_shortcut(model.get_submodule(block.module), [block])
-    except PlanError as error:
-        return str(error)
+def _overwriting(nodes: Sequence[Node], block: Block) -> str | None:
+    """Return why leaving would change what the shortcut passes on, or None: the body writes into it in place."""
+    for node in nodes:
+        if node.name in block.body and kind(node).endswith("_") and isinstance(target := node.args[0], Node):
+            if target.name not in block.body:
+                return f"its {place(node)} overwrites what the shortcut passes on"
     return None
 
 
@@ -91,7 +92,7 @@ def _block(add: Node, body: set[Node], last: tuple[str, ...], names: dict[str, s
     stage = "x".join(map(str, shape(add)[1:]))
     (shortcut,) = set(add.all_input_nodes) - body
     relu = all(kind(user).rstrip("_") == "relu" for user in add.users) and kind(shortcut).rstrip("_") == "relu"
-    return Block(name, module, frozenset(node.name for node in body), last, stage, modules, relu, place(add))
+    return Block(name, module, frozenset(node.name for node in body), last, stage, modules, relu, place(add), add.name)
 
 
 def _body(end: Node, other: Node, add: Node) -> set[Node]:

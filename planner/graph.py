@@ -7,9 +7,11 @@ that made it; planner.axes sends channel ids through the operations and planner.
 import hashlib
 import logging
 import traceback
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from contextlib import suppress
 from functools import cached_property, partial
 
 import numpy as np
@@ -17,10 +19,10 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
-from planner.axes import Ids, Propagation, Slice, kind, shape
+from planner.axes import Ids, Propagation, Slice, kind, place, shape
 from planner.blocks import Block, find_blocks, module_path
 from planner.evaluation import evaluating
 from planner.operations import Choice, Extent, Operation, find_operations
@@ -41,6 +43,8 @@ class Width:
     frozen: str | None  # why it cannot be cut
     makers: tuple[str, ...]  # every module whose outputs are tied in it
     block: str | None  # the residual block that it lies in wholly
+    ties: tuple[str, ...] = ()  # the operations that tie its parts, with file:line
+    lossy: str | None = None  # why removing its channels changes the output although their weights are zero
 
     @property
     def is_stream(self) -> bool:
@@ -57,6 +61,8 @@ class Graph:
     operations: tuple[Operation, ...]
     fingerprint: str
     inputs: tuple[tuple[tuple[int, ...], str], ...]  # (shape, dtype) of each input
+    counted: tuple[tuple[str, Extent], ...] = ()  # modules that divide by the length of an axis that can be cut
+    casts: bool = False  # whether the model itself computes in another precision than that of its weights
 
     @cached_property
     def width(self) -> dict[str, Width]:
@@ -82,39 +88,65 @@ class Graph:
         """Return the choice that keeps `keep` channels of the named widths, and all of the others."""
         return Choice({**self.dense.keep, **keep}, removed)
 
+    def example(self, *, seed: int = 0, more: int = 0) -> tuple[Tensor, ...]:
+        """Return random inputs; `more` of them than in those that the model was traced with."""
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(random_input(shape, dtype, generator, more=more) for shape, dtype in self.inputs)
+
     def macs(self, choice: Choice) -> int:
         """Return the multiply-accumulates of one run under a choice."""
         return sum(operation.macs(choice) for operation in self.operations)
 
 
-def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
+def trace(model: nn.Module, inputs: tuple[Tensor, ...], *, lossy: bool = False) -> Graph:
     """Return the graph of `model` on `inputs`; the model is left as it was.
+
+    With `lossy`, widths that a layer normalisation runs over can be cut too, though not exactly.
 
     Raises PlanError with the operation and the file:line if the model does not run on the inputs or cannot be exported.
     """
     if unwrapped(model) is not model:
         raise PlanError(f"the model is wrapped by {type(model).__name__}; give the model within it")
-    program = _export(model, inputs)
+    program = exported(model, inputs)
     names = _names(program, model)
-    nodes = list(program.graph.nodes)
-    state = propagate(nodes, names, frozenset(name for name, _ in model.named_parameters()))
+    nodes = live(program.graph)
+    state = propagate(nodes, names, frozenset(name for name, _ in model.named_parameters()), lossy=lossy)
     blocks = find_blocks(nodes, names, model, inputs=program.graph_signature.user_inputs)
-    groups, members = _components(state)
-    widths = _widths(state, groups, members, blocks)
-    operations = find_operations(nodes, state, partial(_extent, widths, members), blocks)
+    labels = _labels(state)
+    widths = _widths(state, labels, blocks, frozenset(aliases(model)))
+    operations = find_operations(nodes, state, partial(_extent, widths, labels), blocks)
     log.debug("traced %d operations, %d widths, %d blocks", len(operations), len(widths), len(blocks))
     specs = tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs)
-    return Graph(widths, blocks, operations, _fingerprint(nodes, names, specs), specs)
+    counted = tuple((module_path(node), _extent(widths, labels, units, len(units))) for node, units in state.counted)
+    casts = any(kind(node) in ("to", "_to_copy", "float", "half", "bfloat16") for node in nodes)
+    return Graph(widths, blocks, operations, _fingerprint(nodes, names, specs), specs, counted, casts)
 
 
-def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+def random_input(shape: Sequence[int], dtype: str, generator: torch.Generator, *, more: int = 0) -> Tensor:
+    """Return a random tensor; integers are 0 or 1, which every vocabulary has, and every mask."""
+    size, kind_ = (shape[0] + more, *shape[1:]) if shape else (), getattr(torch, dtype)
+    if kind_.is_floating_point:
+        return torch.randn(size, generator=generator).to(kind_)
+    return torch.randint(2, size, generator=generator).to(kind_)
+
+
+def exported(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool = False) -> ExportedProgram:
+    """Return the program of `model` in evaluation mode, if `dynamic` for other sizes of its inputs too if it takes them.
+
+    Raises PlanError with the place in the user's code.
+    """
     shapes = ", ".join("x".join(map(str, x.shape)) for x in inputs)
-    with evaluating(model):
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own workings
         try:
             with torch.no_grad():
                 model(*inputs)
         except Exception as error:
             raise PlanError(f"the model does not run on inputs of shape {shapes}: {_reason(error)}") from error
+        for dims in (None, 1) if dynamic else ():
+            sizes = tuple({axis: Dim.AUTO for axis in range(x.dim())[:dims]} for x in inputs)
+            with suppress(Exception):
+                return torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
         try:
             return torch.export.export(model, inputs, strict=False)
         except Exception as error:
@@ -122,6 +154,17 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
                 f"the model cannot be traced on inputs of shape {shapes}: {_reason(error)}; "
                 "torch.export must be able to follow it without data-dependent Python branches"
             ) from error
+
+
+def live(graph: torch.fx.Graph) -> list[Node]:
+    """Return the nodes that the outputs need, and those that write in place, in order."""
+    needed: set[Node] = set()
+    for node in reversed(graph.nodes):
+        name = kind(node)
+        writes = node.op == "call_function" and name.endswith("_") and not name.endswith("__")
+        if writes or node.op in ("output", "placeholder") or any(user in needed for user in node.users):
+            needed.add(node)
+    return [node for node in graph.nodes if node in needed]
 
 
 def aliases(model: nn.Module) -> dict[str, list[str]]:
@@ -138,7 +181,9 @@ def aliases(model: nn.Module) -> dict[str, list[str]]:
 def _names(program: ExportedProgram, model: nn.Module) -> dict[str, str]:
     """Return the parameter or buffer behind each placeholder, by its first name."""
     first = {name: same for same, names in aliases(model).items() for name in names}
-    given = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    signature = program.graph_signature
+    given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    given |= getattr(signature, "inputs_to_lifted_tensor_constants", {})
     return {placeholder: first.get(name, name) for placeholder, name in given.items()}
 
 
@@ -151,59 +196,115 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}{where}"
 
 
-def _components(state: Propagation) -> tuple[Ids, Ids]:
-    """Return for each unit its group (units tied together) and its width (groups of common producers)."""
+@dataclass(frozen=True)
+class _Labels:
+    """What every unit belongs to."""
 
-    def label(pairs: list[Ids]) -> Ids:
-        left, right = np.concatenate([np.zeros((2, 0), np.int64), *pairs], axis=1)
-        links = coo_array((np.ones(len(left)), (left, right)), shape=(state.count, state.count))
-        labels: Ids = connected_components(links, directed=False)[1].astype(np.int64)
-        return labels
-
-    return label(state.ties), label(state.ties + state.siblings)
+    group: Ids  # (units,) units tied together
+    width: Ids  # (groups,) the width that each group is a channel of, -1 if of none
+    number: Ids  # (groups,) its number there
 
 
-def _widths(state: Propagation, groups: Ids, members: Ids, blocks: tuple[Block, ...]) -> tuple[Width, ...]:
-    """Number the groups of each width 0.. in order of their first unit, and give each width its slices."""
-    frozen: dict[int, str] = {}
-    for units, reason in state.frozen:
-        for label in np.unique(members[units]):
-            frozen.setdefault(int(label), reason)
-    widths: list[Width] = []
-    names: Counter[str] = Counter()
-    for label in range(members.max(initial=-1) + 1):
-        inside = members == label
-        makers = [node for units, node in state.makers if inside[units[0]]]
-        kept, first = np.unique(groups[inside], return_index=True)
-        number = np.full(groups.max() + 1, -1)
-        number[kept[np.argsort(first)]] = np.arange(len(kept))
-        of_unit = np.append(np.where(inside, number[groups], -1), -1)  # the last entry serves units of -1
-        slices = [Slice(s.tensor, s.axis, of_unit[s.units], s.penalised) for s in state.slices]
-        paths = [module_path(node) or node.name for node in makers]
-        owned = tuple(s for s in slices if (s.units >= 0).any())
-        names[paths[0]] += 1
-        name = paths[0] if names[paths[0]] == 1 else f"{paths[0]}#{names[paths[0]]}"
-        block = next((b.name for b in blocks if all(node.name in b.body for node in makers)), None)
-        why = frozen.get(label) or _uneven(owned, len(kept))
-        widths.append(Width(name, len(kept), owned, why, tuple(paths), block))
-    return tuple(widths)
+def _label(state: Propagation, pairs: list[Ids]) -> Ids:
+    left, right = np.concatenate([np.zeros((2, 0), np.int64), *pairs], axis=1)
+    links = coo_array((np.ones(len(left)), (left, right)), shape=(state.count, state.count))
+    labels: Ids = connected_components(links, directed=False)[1].astype(np.int64)
+    return labels
 
 
-def _uneven(slices: tuple[Slice, ...], size: int) -> str | None:
-    """Return why the number of channels kept would not say how long every axis becomes, or None."""
-    for piece in slices:
-        counts = np.bincount(piece.units[piece.units >= 0], minlength=size)
-        if counts.min() != counts.max():
-            return f"only some of its channels reach {piece.tensor}"
-    return None
+def components(state: Propagation) -> Ids:
+    """Return the group of every unit: units that are tied together."""
+    return _label(state, state.ties)
 
 
-def _extent(widths: tuple[Width, ...], members: Ids, units: Ids | None, size: int) -> Extent:
+def _labels(state: Propagation) -> _Labels:
+    """Number the groups, and the widths: groups of common producers that appear equally often everywhere."""
+    group = components(state)
+    count = int(group.max(initial=-1)) + 1
+    if not count:
+        return _Labels(group, np.zeros(0, np.int64), np.zeros(0, np.int64))
+    producer = np.zeros(count, np.int64)
+    producer[group] = _label(state, state.ties + state.siblings)
+    made = np.zeros(count, bool)
+    for units, _ in state.makers:
+        made[group[units]] = True
+    frozen = np.zeros(count, bool)
+    for units, _ in state.frozen:
+        frozen[group[units]] = True
+    dice, appears = np.random.default_rng(0), np.zeros(count, np.uint64)  # a hash of how often it appears in each leaf
+    for units in state.leaves.values():
+        appears += np.bincount(group[units], minlength=count).astype(np.uint64) * dice.integers(1, 2**63, dtype=np.uint64)
+    first = np.full(count, state.count)
+    np.minimum.at(first, group, np.arange(state.count))
+    order = np.argsort(first)[made[np.argsort(first)]]  # by the first unit
+    keys = np.stack([producer.astype(np.uint64), frozen.astype(np.uint64), appears], axis=1)[order]
+    _, start, of_key = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    rank = np.empty(len(start), np.int64)
+    rank[np.argsort(start)] = np.arange(len(start))
+    width, number = np.full(count, -1), np.full(count, -1)
+    width[order] = rank[of_key.reshape(-1)]
+    sort = np.argsort(width[order], kind="stable")
+    sizes = np.bincount(width[order], minlength=len(start))
+    number[order[sort]] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return _Labels(group, width, number)
+
+
+def _widths(state: Propagation, labels: _Labels, blocks: tuple[Block, ...], owned: Container[str]) -> tuple[Width, ...]:
+    """Give each width its slices of the tensors `owned`, its makers, and why it cannot be cut."""
+    sizes = np.bincount(labels.width[labels.width >= 0])
+    of_unit = labels.width[labels.group]
+    slices, makers, ties = ([[] for _ in sizes] for _ in range(3))
+    for (tensor, axis), units in state.leaves.items():
+        inside = of_unit[units]
+        for width in np.unique(inside[inside >= 0]) if tensor in owned else ():
+            numbers = np.where(inside == width, labels.number[labels.group[units]], -1)
+            slices[width].append(Slice(tensor, axis, numbers, (tensor, axis) in state.penalised))
+    for units, node in state.makers:
+        for width in np.unique(of_unit[units]):
+            makers[width].append(node)
+    for pairs, tie in zip(state.ties, state.tied_at, strict=True):
+        for width in np.unique(of_unit[pairs[0]]):
+            if width >= 0 and tie is not None:
+                ties[width].append(place(tie))
+    reasons: dict[int, str] = {}
+    lossy: dict[int, str] = {}
+    for found, listed in ((reasons, state.frozen), (lossy, state.inexact)):
+        for units, reason in listed:
+            for width in np.unique(of_unit[units]):
+                found.setdefault(int(width), reason)
+    names = _width_names(makers)
+    return tuple(
+        Width(
+            name=names[i],
+            size=int(size),
+            slices=tuple(slices[i]),
+            frozen=reasons.get(i) or ("all its channels are one group" if size == 1 else None),
+            makers=tuple(module_path(node) or node.name for node in makers[i]),
+            block=next((b.name for b in blocks if all(node.name in b.body for node in makers[i])), None),
+            ties=tuple(dict.fromkeys(ties[i])),
+            lossy=lossy.get(i),
+        )
+        for i, size in enumerate(sizes)
+    )
+
+
+def _width_names(makers: Sequence[Sequence[Node]]) -> list[str]:
+    """Name each width by its first maker, with a number where one makes several."""
+    names, counts = [], Counter[str]()
+    for nodes in makers:
+        path = module_path(nodes[0]) or nodes[0].name
+        counts[path] += 1
+        names.append(path if counts[path] == 1 else f"{path}#{counts[path]}")
+    return names
+
+
+def _extent(widths: tuple[Width, ...], labels: _Labels, units: Ids | None, size: int) -> Extent:
     """Return the length of an axis with these units as a function of the widths that can be cut."""
     if units is None:
         return Extent(size, ())
-    labels, counts = np.unique(members[units[units >= 0]], return_counts=True)
-    cut = [(widths[i], int(n) // widths[i].size) for i, n in zip(labels, counts, strict=True) if not widths[i].frozen]
+    inside = labels.width[labels.group[units]]
+    found, counts = np.unique(inside[inside >= 0], return_counts=True)
+    cut = [(widths[i], round(int(n) / widths[i].size)) for i, n in zip(found, counts, strict=True) if not widths[i].frozen]
     fixed = size - sum(times * width.size for width, times in cut)
     return Extent(fixed, tuple((width.name, times) for width, times in cut))
 

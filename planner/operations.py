@@ -70,7 +70,7 @@ def find_operations(
     """Return every convolution and linear layer of an exported graph, in order."""
     found = []
     for node in nodes:
-        if kind(node) in ("conv1d", "conv2d", "linear") and state.parameter(node.args[1]) is not None:
+        if kind(node) in ("conv1d", "conv2d", "linear") and state.name(node.args[1]) is not None:
             inside = frozenset(block.name for block in blocks if node.name in block.body)
             found.append(_operation(node, state, extent, inside))
     return tuple(found)
@@ -86,7 +86,7 @@ def _operation(
     outputs, per_group, *kernel = shape(weight)
     axis = len(shape(source)) - 1 if kind(node) == "linear" else len(shape(source)) - len(kernel) - 1
     size = shape(source)
-    inputs = extent(state.of(source)[axis], size[axis])
+    inputs = extent(_units(state, source, axis), size[axis])
     groups = 1 if kind(node) == "linear" else arg(node, 6, "groups", 1)
     grouped = groups > 1
     positions = math.prod(shape(node)) // outputs
@@ -95,9 +95,15 @@ def _operation(
     words = [_KINDS[grouped, per_group == 1] + kind(node), "x".join(map(str, kernel)), _geometry(node, kernel)]
     words += [f"g{groups}" if grouped and per_group > 1 else ""]
     words += ["@" + "x".join(map(str, (size[0], *spatial) if kernel else spatial)), _epilogue(node)]
-    outgoing = extent(state.of(node)[axis], outputs)
+    outgoing = extent(_units(state, node, axis), outputs)
     name = module_path(node) or node.name
     return Operation(name, " ".join(filter(None, words)), inputs, outgoing, macs, grouped, blocks, place(node))
+
+
+def _units(state: Propagation, argument: object, axis: int) -> Ids | None:
+    """Return the units along one axis of a tensor."""
+    track = next((track for track in state.of(argument) if axis in track.axes), None)
+    return None if track is None else track.along(axis)
 
 
 def _geometry(node: Node, kernel: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from planner.graph import Graph, trace
+from planner.graph import Graph, random_input, trace
 from planner.operations import Choice
 from profiles import atomic
 from profiles.errors import PlanError
@@ -130,7 +130,7 @@ class Plan(_Part):
     def inputs_like(self, *, seed: int = 0) -> tuple[Tensor, ...]:
         """Return fresh random inputs of the plan's shapes."""
         generator = torch.Generator().manual_seed(seed)
-        return tuple(_random(spec, generator) for spec in self.inputs)
+        return tuple(random_input(spec.shape, spec.dtype, generator) for spec in self.inputs)
 
     def graph(self, model: nn.Module) -> Graph:
         """Trace `model`; raises PlanError if the plan was made for another one."""
@@ -167,10 +167,3 @@ def read(cls: type[T], path: Path | str, remedy: str) -> T:
 def canonical(content: object) -> bytes:
     """Return the bytes that digests are made of."""
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _random(spec: InputSpec, generator: torch.Generator) -> Tensor:
-    dtype = getattr(torch, spec.dtype)
-    if dtype.is_floating_point:
-        return torch.randn(spec.shape, generator=generator).to(dtype)
-    return torch.zeros(spec.shape, dtype=dtype)
