@@ -30,12 +30,14 @@ class Proof:
                     break
 
     def check(self, dense: nn.Module) -> float:
-        """Return max|dense - masked| / max|masked| in evaluation mode; raises BuildError naming the place if too large."""
+        """Return max|dense - masked| / max|masked| in evaluation mode; raises BuildError if it is too large."""
         worst = 0.0
         for inputs, expected in self._batches:
             found = run(dense, inputs)
             if expected.shape != found.shape or not torch.isfinite(found).all() or not torch.isfinite(expected).all():
-                raise BuildError(f"the rebuilt model's output is {_told(found)}, the masked model's is {_told(expected)}")
+                raise BuildError(
+                    f"the rebuilt model's output is {_told(found)}, the masked model's is {_told(expected)}"
+                )
             worst = max(worst, _difference(found, expected))
             if worst > TOLERANCE and self._exact:
                 raise BuildError(

@@ -60,9 +60,10 @@ def cut(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str] = fr
     channels at zero; where sizes are written into the forward, the exported graph with these put right.
     """
     kept = {name: channels for name, channels in kept.items() if len(channels) < graph.width[name].size}
-    frozen = [part for part in (*(graph.block[n] for n in removed), *(graph.width[n] for n in kept)) if part.frozen]
-    if frozen:
-        raise PlanError(f"{frozen[0].name} cannot be cut: {frozen[0].frozen}")
+    reasons = {name: graph.block[name].frozen for name in removed} | {name: graph.width[name].frozen for name in kept}
+    for name, reason in reasons.items():
+        if reason is not None:
+            raise PlanError(f"{name} cannot be cut: {reason}")
     if not kept and not removed:
         return copy.deepcopy(model)
     dense = _smaller(model, graph, kept, removed)

@@ -1,4 +1,4 @@
-"""The dense smaller module as a graph: the exported program with every size and position that is written in it put right.
+"""The dense smaller module as a graph: the exported program, every size and position written in it put right.
 
 For models whose own forward hard-codes sizes. The graph trains (dropout and batch normalisation follow `.train()`),
 keeps the names of parameters and buffers, and takes other batch sizes where the program does.
@@ -117,7 +117,7 @@ class _Editor:
             if not mask.all():
                 for axis in track.axes:
                     rest = tuple(i for i in range(mask.ndim) if i != axis)
-                    found[axis] = mask.any(axis=rest)
+                    found[axis] = np.asarray(mask.any(axis=rest))
         return {axis: mask for axis, mask in found.items() if not mask.all()}
 
     def _mask(self, track: Track) -> Mask:
@@ -260,7 +260,7 @@ class _Editor:
         mask = self.stays(whole.args[0]).get(axis)
         if mask is not None:
             lengths = [number(piece.shape[axis]) for piece in whole.meta["val"]]
-            index = int(node.args[1]) % len(lengths)  # type: ignore[call-overload]
+            index = int(node.args[1]) % len(lengths)  # type: ignore[arg-type]
             first = sum(lengths[:index])
             inside = np.arange(first, first + lengths[index])
             rank = np.cumsum(mask) - 1

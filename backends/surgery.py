@@ -176,4 +176,3 @@ def _recount(dense: nn.Module, path: str, share: float) -> None:
             setattr(module, name, value * share)
     if isinstance(module, nn.RMSNorm) and module.eps is None:
         module.eps = torch.finfo(next(dense.parameters()).dtype).eps * share
-

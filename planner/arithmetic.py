@@ -72,7 +72,7 @@ def _met(state: Propagation, found: Sequence[Track | None], *, product: bool) ->
     for other in present[1:]:
         state.tie(first.units, other.units)
     if product:
-        return Track(first.units, any_zero(state, [track for track in present]))
+        return Track(first.units, any_zero(state, present))
     if len(present) < len(found):  # what is broadcast over the units is not zero
         return Track(first.units, np.zeros_like(first.zero))
     zero = np.logical_and.reduce([track.zero for track in present])
@@ -85,8 +85,8 @@ def _met(state: Propagation, found: Sequence[Track | None], *, product: bool) ->
 def any_zero(state: Propagation, tracks: Sequence[Track]) -> NDArray[np.bool_]:
     """Return where the product of tracks is zero; penalises parameters only where the others are not zero already."""
     given = np.logical_or.reduce([t.zero for t in tracks if not t.promise] or [np.zeros_like(tracks[0].zero)])
-    if given.all():
-        return given
+    if np.all(given):
+        return np.asarray(given)
     for track in tracks:
         state.settle(track)
     return np.asarray(np.logical_or.reduce([track.zero for track in tracks]))
@@ -187,7 +187,9 @@ def einsum(state: Propagation, node: Node) -> Value:
     letters = given.split(",")
     if "->" not in equation or any(len(set(own)) < len(own.replace(".", "")) for own in letters):
         return unknown(state, node)
-    spread = max((len(shape(t)) - len(own.replace("...", "")) for t, own in zip(tensors, letters, strict=True)), default=0)
+    spread = max(
+        (len(shape(t)) - len(own.replace("...", "")) for t, own in zip(tensors, letters, strict=True)), default=0
+    )
     dots = "0123456789"[:spread]
 
     def full(own: str, tensor: object = None) -> str:

@@ -116,7 +116,7 @@ class Propagation:
         rest = tuple(other for other in track.axes if other != axis)
         first = track.units[tuple(slice(0, 1) if i in rest else slice(None) for i in range(track.units.ndim))]
         self.tie(track.units, first)
-        return Track(first, track.zero.all(axis=rest, keepdims=True), track.promise)
+        return Track(first, np.asarray(track.zero.all(axis=rest, keepdims=True)), track.promise)
 
     def name(self, argument: object) -> str | None:
         """Return the name of the leaf that an argument of a node is, or None."""

@@ -76,9 +76,9 @@ def _shared(nodes: Sequence[Node], names: dict[str, str], block: Block) -> str |
 def _overwriting(nodes: Sequence[Node], block: Block) -> str | None:
     """Return why leaving would change what the shortcut passes on, or None: the body writes into it in place."""
     for node in nodes:
-        if node.name in block.body and kind(node).endswith("_") and isinstance(target := node.args[0], Node):
-            if target.name not in block.body:
-                return f"its {place(node)} overwrites what the shortcut passes on"
+        target = node.args[0] if node.name in block.body and kind(node).endswith("_") else None
+        if isinstance(target, Node) and target.name not in block.body:
+            return f"its {place(node)} overwrites what the shortcut passes on"
     return None
 
 

@@ -10,8 +10,8 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
@@ -131,7 +131,7 @@ def random_input(shape: Sequence[int], dtype: str, generator: torch.Generator, *
 
 
 def exported(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool = False) -> ExportedProgram:
-    """Return the program of `model` in evaluation mode, if `dynamic` for other sizes of its inputs too if it takes them.
+    """Return the program of `model` in evaluation mode; if `dynamic`, for other sizes of its inputs if it takes them.
 
     Raises PlanError with the place in the user's code.
     """
@@ -144,7 +144,7 @@ def exported(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool = Fa
         except Exception as error:
             raise PlanError(f"the model does not run on inputs of shape {shapes}: {_reason(error)}") from error
         for dims in (None, 1) if dynamic else ():
-            sizes = tuple({axis: Dim.AUTO for axis in range(x.dim())[:dims]} for x in inputs)
+            sizes = tuple(dict.fromkeys(range(x.dim())[:dims], Dim.AUTO) for x in inputs)
             with suppress(Exception):
                 return torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
         try:
@@ -233,7 +233,9 @@ def _labels(state: Propagation) -> _Labels:
         frozen[group[units]] = True
     dice, appears = np.random.default_rng(0), np.zeros(count, np.uint64)  # a hash of how often it appears in each leaf
     for units in state.leaves.values():
-        appears += np.bincount(group[units], minlength=count).astype(np.uint64) * dice.integers(1, 2**63, dtype=np.uint64)
+        appears += np.bincount(group[units], minlength=count).astype(np.uint64) * dice.integers(
+            1, 2**63, dtype=np.uint64
+        )
     first = np.full(count, state.count)
     np.minimum.at(first, group, np.arange(state.count))
     order = np.argsort(first)[made[np.argsort(first)]]  # by the first unit
@@ -253,7 +255,9 @@ def _widths(state: Propagation, labels: _Labels, blocks: tuple[Block, ...], owne
     """Give each width its slices of the tensors `owned`, its makers, and why it cannot be cut."""
     sizes = np.bincount(labels.width[labels.width >= 0])
     of_unit = labels.width[labels.group]
-    slices, makers, ties = ([[] for _ in sizes] for _ in range(3))
+    slices: list[list[Slice]] = [[] for _ in sizes]
+    makers: list[list[Node]] = [[] for _ in sizes]
+    ties: list[list[str]] = [[] for _ in sizes]
     for (tensor, axis), units in state.leaves.items():
         inside = of_unit[units]
         for width in np.unique(inside[inside >= 0]) if tensor in owned else ():
@@ -304,7 +308,9 @@ def _extent(widths: tuple[Width, ...], labels: _Labels, units: Ids | None, size:
         return Extent(size, ())
     inside = labels.width[labels.group[units]]
     found, counts = np.unique(inside[inside >= 0], return_counts=True)
-    cut = [(widths[i], round(int(n) / widths[i].size)) for i, n in zip(found, counts, strict=True) if not widths[i].frozen]
+    cut = [
+        (widths[i], round(int(n) / widths[i].size)) for i, n in zip(found, counts, strict=True) if not widths[i].frozen
+    ]
     fixed = size - sum(times * width.size for width, times in cut)
     return Extent(fixed, tuple((width.name, times) for width, times in cut))
 

@@ -1,4 +1,4 @@
-"""How units pass through layers: convolutions, normalisations, attention, embeddings, recurrence, pooling."""
+"""How units pass through layers of channels: convolutions, normalisations, pooling, activations."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,16 +86,16 @@ def batch_norm(state: Propagation, node: Node) -> Value:
 
 def group_norm(state: Propagation, node: Node) -> Value:
     """Group normalisation: the channels that are normalised together are one unit."""
-    groups, channels = node.args[1], _only(state, node, 1)
+    groups, channels = arg(node, 1, "num_groups"), _only(state, node, 1)
     if channels is not None:
-        rows = channels.along(1).reshape(groups, -1)  # type: ignore[call-overload]
+        rows = channels.along(1).reshape(groups, -1)
         if groups == 1 and not state.lossy:
             state.freeze(channels, f"normalised over by {place(node)}")
             for argument in node.args[2:4]:
                 for track in state.of(argument):
                     state.freeze(track, f"normalised over by {place(node)}")
             return ()
-        if groups > 1:  # type: ignore[operator]
+        if groups > 1:
             state.tie(rows, rows[:, :1])
         else:
             state.inexact.append((rows.reshape(-1), f"normalised over by {place(node)}"))
@@ -148,124 +148,10 @@ def layer_norm(state: Propagation, node: Node) -> Value:
     parts = [(tuple(stay), (*[1] * first, *size[first:]))]
     scaled = combine(state, node, [*parts, *[part(state, p) for p in parameters[:1]]], product=True)
     if len(parameters) == 2:
-        scaled = combine(state, node, [(scaled, (*[1] * first, *size[first:])), part(state, parameters[1])], product=False)
-    return (*out, *scaled)
-
-
-def attention(state: Propagation, node: Node) -> Value:
-    """scaled_dot_product_attention: heads are batch axes; the features that scores sum over set its scale."""
-    query, key, value, mask = (*node.args[:3], arg(node, 3, "attn_mask"))
-    dims = len(shape(query))
-    heads = shape(query)[dims - 3] // shape(key)[dims - 3] if dims > 2 and arg(node, 7, "enable_gqa", False) else 1
-    batch = [str(axis) for axis in range(dims - 2)]
-
-    def repeated(argument: Any) -> Operand:
-        spread = tuple(
-            t.moved(lambda a: np.repeat(a, heads if a.shape[dims - 3] > 1 else 1, axis=dims - 3) if heads > 1 else a)
-            for t in state.of(argument)
+        scaled = combine(
+            state, node, [(scaled, (*[1] * first, *size[first:])), part(state, parameters[1])], product=False
         )
-        size = list(shape(argument))
-        if heads > 1:
-            size[dims - 3] *= heads
-        return spread, tuple(size), []
-
-    wholes = [(state.of(query), shape(query)), repeated(key)[:2], repeated(value)[:2]]
-    letters: list[list[str | None]] = [[*batch, "t", None], [*batch, None, None], [*batch, None, "e"]]
-    operands: list[Operand] = [(*whole, own) for whole, own in zip(wholes, letters, strict=True)]
-    scores = [(_scoring(v), s, own) for v, s, own in operands[:2]]
-    if isinstance(mask, Node):
-        size = shape(mask)
-        scores.append((_scoring(state.of(mask)), size, [*batch, "t", None][len(batch) + 2 - len(size) :]))
-    return contract(state, node, [*scores, operands[2]], [*batch, "t", "e"])
-
-
-def _scoring(value: Value) -> Value:
-    """Return the tracks of what only decides where attention looks: its zeros make no zero."""
-    return tuple(Track(track.units, np.zeros_like(track.zero)) for track in value)
-
-
-def embedding(state: Propagation, node: Node) -> Value:
-    """Rows of a table; which rows there are is not cut."""
-    table = node.args[0]
-    out: list[Track] = []
-    dims = len(shape(node))
-    for track in state.of(table):
-        if track.axes == (0,):
-            state.freeze(track, f"indexed by {place(node)}")
-        else:
-            own = state.settle(track).moved(lambda a: a.reshape((1,) * (dims - 1) + (-1,)))
-            if track.promise:
-                state.make(own.units, node)
-            out.append(own)
-    return tuple(out)
-
-
-_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
-
-
-def recurrent(state: Propagation, node: Node) -> list[Value]:
-    """nn.LSTM, GRU and tanh RNN: one hidden size for all layers and directions; zero rows keep a unit's state zero."""
-    source, initial = node.args[:2]
-    if not isinstance(arg(node, 3, "has_biases"), bool):  # packed sequences have other arguments
-        return [unknown(state, node)] * 3
-    parameters: Any = arg(node, 2, "params")
-    per = 4 if node.args[3] else 2
-    gates, dims = _GATES[kind(node)], len(shape(source))
-    directions = 2 if arg(node, 7, "bidirectional") else 1
-    layers = [parameters[i : i + per] for i in range(0, len(parameters), per)]
-    starts = initial if isinstance(initial, list | tuple) else [initial]
-    if any(shape(layer[1])[0] != gates * shape(layer[1])[1] for layer in layers):
-        return [unknown(state, node)] * 3
-    hidden = state.of(layers[0][1])[-1].along(1)
-    zero = _initial_zero(state, node, starts, hidden)
-    last = state.of(source)
-    for index, own in enumerate(layers):
-        if index and index % directions == 0:
-            last = (_hidden(np.tile(hidden, directions), dims, zero),)
-        _layer(state, node, own, (last, (*shape(source)[:-1], shape(own[0])[1])), hidden, zero)
-    state.make(hidden, node)
-    whole = (_hidden(np.tile(hidden, directions), dims, zero),)
-    return [whole, *[(_hidden(hidden, dims, zero),)] * (2 if kind(node) == "lstm" else 1)]
-
-
-def _hidden(units: Any, dims: int, zero: bool) -> Track:
-    form = (1,) * (dims - 1) + (-1,)
-    return Track(units.reshape(form), np.full(len(units), zero).reshape(form))
-
-
-def _initial_zero(state: Propagation, node: Node, starts: Sequence[Any], hidden: Any) -> bool:
-    """Tie the initial states to the hidden units; return whether they are zero."""
-    zero = True
-    for start in starts:
-        tracks = {track.axes[-1]: track for track in (state.single(t, [t.units.ndim - 1]) for t in state.of(start))}
-        own = tracks.pop(len(shape(start)) - 1, None)
-        for track in tracks.values():
-            state.freeze(track, f"meets an axis that is not cut, {place(node)}")
-        if own is None:
-            state.freeze(hidden, f"meets an axis that is not cut, {place(node)}")
-        else:
-            state.tie(own.along(own.axes[0]), hidden)
-            zero = zero and bool(state.settle(own).zero.all())
-    return zero
-
-
-def _layer(state: Propagation, node: Node, own: Sequence[Node], source: Any, hidden: Any, zero: bool) -> None:
-    gates = shape(own[1])[0] // shape(own[1])[1]
-    for index, tensor in enumerate(own):
-        rows = next((t for t in state.of(tensor) if t.axes == (0,)), None)
-        if rows is not None:
-            state.tie(rows.along(0), np.tile(hidden, gates))
-            state.settle(rows)
-        if index == 1:
-            columns = next((t for t in state.of(tensor) if t.axes == (1,)), None)
-            if columns is not None:
-                state.tie(columns.along(1), hidden)
-                if not zero:
-                    state.settle(columns)
-    value, size = source
-    letters: list[str | None] = [*[str(axis) for axis in range(len(size) - 1)], "in"]
-    inputs = tuple(t for t in state.of(own[0]) if t.axes == (1,))
-    contract(state, node, [(value, size, letters), (inputs, shape(own[0]), [None, "in"])], letters[:-1])
+    return (*out, *scaled)
 
 
 def pool(state: Propagation, node: Node) -> Any:
@@ -304,15 +190,21 @@ def prelu(state: Propagation, node: Node) -> Value:
     value, size = state.of(node.args[0]), shape(node)
     slopes = shape(node.args[1])
     form = tuple(slopes[0] if i == 1 and len(slopes) else 1 for i in range(len(size)))
-    spread = tuple(t.moved(lambda a: a.reshape([-1 if i == 1 else 1 for i in range(len(size))])) for t in state.of(node.args[1]))
-    return combine(state, node, [(value, size), (tuple(Track(t.units, np.zeros_like(t.zero)) for t in spread), form)], product=True)
+    spread = tuple(
+        t.moved(lambda a: a.reshape([-1 if i == 1 else 1 for i in range(len(size))])) for t in state.of(node.args[1])
+    )
+    return combine(
+        state, node, [(value, size), (tuple(Track(t.units, np.zeros_like(t.zero)) for t in spread), form)], product=True
+    )
 
 
 def elementwise(*, product: bool, scalar_zero: bool = False) -> Callable[[Propagation, Node], Value]:
     """Return the rule of an elementwise function of several tensors; numbers count as terms that are not zero."""
 
     def rule(state: Propagation, node: Node) -> Value:
-        parts = [part(state, a) for a in node.args[:2] if isinstance(a, Node) and shape(a) is not None and _is_tensor(a)]
+        parts = [
+            part(state, a) for a in node.args[:2] if isinstance(a, Node) and shape(a) is not None and _is_tensor(a)
+        ]
         if len(parts) < 2 and not product and not scalar_zero:
             others = [a for a in node.args[:2] if not (isinstance(a, Node) and _is_tensor(a))]
             parts += [] if others and others[0] == 0 else [((), ())]
@@ -387,4 +279,3 @@ def reciprocal(state: Propagation, node: Node) -> Value:
         if track.zero.any() and not track.promise:
             state.freeze(track, f"not finite at zero, {place(node)}")
     return blunted(state.of(node.args[0]))
-

@@ -24,7 +24,7 @@ def _compressed(track: Track) -> Track | None:
     for axis in track.axes:
         first = track.units.take([0], axis)
         if (track.units == first).all():
-            track = Track(first, track.zero.all(axis=axis, keepdims=True), track.promise)
+            track = Track(first, np.asarray(track.zero.all(axis=axis, keepdims=True)), track.promise)
     return track if track.axes else None
 
 
@@ -36,7 +36,9 @@ def moved(value: Value, move: Callable[[Track], Track]) -> Value:
 def permute(state: Propagation, node: Node) -> Value:
     """permute(dims)."""
     order: Any = arg(node, 1, "dims")
-    return tuple(track.moved(lambda a: a.transpose([axis % a.ndim for axis in order])) for track in state.of(node.args[0]))
+    return tuple(
+        track.moved(lambda a: a.transpose([axis % a.ndim for axis in order])) for track in state.of(node.args[0])
+    )
 
 
 def transpose(state: Propagation, node: Node) -> Value:
@@ -113,7 +115,9 @@ def expand(state: Propagation, node: Node) -> Value:
 
 def repeat(state: Propagation, node: Node) -> Value:
     """repeat(times) and tile."""
-    times = tuple(number(n.meta["val"]) if isinstance(n, Node) else n for n in arg(node, 1, "repeats", arg(node, 1, "dims")))
+    times = tuple(
+        number(n.meta["val"]) if isinstance(n, Node) else n for n in arg(node, 1, "repeats", arg(node, 1, "dims"))
+    )
     dims = len(shape(node))
     times = (1,) * (dims - len(times)) + times
 
@@ -198,8 +202,10 @@ def split(state: Propagation, node: Node) -> list[Value]:
 
 def item(state: Propagation, node: Node) -> Value:
     """An element of a tuple."""
-    found: Any = state.values.get(node.args[0], [])  # type: ignore[arg-type]
-    return found[node.args[1]] if isinstance(found, list) and found else ()
+    whole: Any = node.args[0]
+    index: Any = node.args[1]
+    found = state.values.get(whole, [])
+    return found[index] if isinstance(found, list) and found else ()
 
 
 def cat(state: Propagation, node: Node) -> Value:
@@ -235,7 +241,9 @@ def _joined(state: Propagation, node: Node, tensors: Sequence[Node], parts: Sequ
     if all(line is None for line in lines):
         return rest
     form = [-1 if i == axis else 1 for i in range(dims)]
-    wide = np.broadcast_shapes(*[line.units.shape[:axis] + (1,) + line.units.shape[axis + 1 :] for line in lines if line])
+    wide = np.broadcast_shapes(
+        *[(*line.units.shape[:axis], 1, *line.units.shape[axis + 1 :]) for line in lines if line]
+    )
     pieces = [
         (line.units, line.zero) if line else _kept_whole(state, node, size[axis], form)
         for line, (_, size) in zip(lines, parts, strict=True)
@@ -264,7 +272,9 @@ def pad(state: Propagation, node: Node) -> Value:
     out = []
     for whole in state.of(node.args[0]):
         dims = whole.units.ndim
-        width = {dims - 1 - i // 2: tuple(amounts[i : i + 2]) for i in range(0, len(amounts), 2) if any(amounts[i : i + 2])}
+        width = {
+            dims - 1 - i // 2: tuple(amounts[i : i + 2]) for i in range(0, len(amounts), 2) if any(amounts[i : i + 2])
+        }
         track = state.single(whole, [axis for axis in whole.axes if axis in width])
         (axis,) = track.axes
         if axis not in width:
@@ -319,7 +329,7 @@ def pixel_shuffle(state: Propagation, node: Node) -> Value:
             blocks = track.moved(lambda a: a.reshape(-1, r * r))
             state.tie(blocks.units, blocks.units[:, :1])
             form = [-1 if i == len(size) - 3 else 1 for i in range(len(size))]
-            track = Track(blocks.units[:, 0].reshape(form), blocks.zero.all(1).reshape(form), track.promise)
+            track = Track(blocks.units[:, 0].reshape(form), np.asarray(blocks.zero.all(1)).reshape(form), track.promise)
             out += [track] if track.axes else []
         elif track.axes[0] < len(size) - 3:
             out.append(track)

@@ -7,15 +7,42 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from planner import arithmetic, layers, layout
+from planner import arithmetic, layers, layout, sequences
 from planner.axes import Propagation, Value, arg, kind, place, shape
 
 Rule = Callable[[Propagation, Node], Value | list[Value]]
 
 # Functions with f(0) = 0 that act on each element alone.
 ZERO_KEEPING = (
-    *("relu", "relu_", "relu6", "relu6_", "leaky_relu", "leaky_relu_", "silu", "silu_", "gelu", "gelu_", "tanh", "tanh_"),
-    *("hardswish", "hardswish_", "mish", "mish_", "elu", "elu_", "selu", "selu_", "celu", "celu_", "neg", "abs", "sqrt"),
+    *(
+        "relu",
+        "relu_",
+        "relu6",
+        "relu6_",
+        "leaky_relu",
+        "leaky_relu_",
+        "silu",
+        "silu_",
+        "gelu",
+        "gelu_",
+        "tanh",
+        "tanh_",
+    ),
+    *(
+        "hardswish",
+        "hardswish_",
+        "mish",
+        "mish_",
+        "elu",
+        "elu_",
+        "selu",
+        "selu_",
+        "celu",
+        "celu_",
+        "neg",
+        "abs",
+        "sqrt",
+    ),
     *("softsign", "softshrink", "hardshrink", "tanhshrink", "erf", "sin", "asin", "atan", "sinh", "expm1", "log1p"),
     *("square", "sign", "floor", "ceil", "round", "trunc", "square_", "relu6", "rrelu", "rrelu_with_noise"),
     *("dropout", "dropout_", "feature_dropout", "alpha_dropout", "native_dropout", "feature_alpha_dropout"),
@@ -29,7 +56,20 @@ OTHERS = (
     *("logit",),
 )
 _SUM, _PRODUCT = layers.elementwise(product=False), layers.elementwise(product=True)
-_COMPARED = ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "atan2", "pow")
+_COMPARED = (
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "logical_and",
+    "logical_or",
+    "bitwise_and",
+    "bitwise_or",
+    "atan2",
+    "pow",
+)
 _POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool", "fractional_max_pool")
 _INTERPOLATIONS = ("nearest1d", "nearest2d", "nearest3d", "_nearest_exact2d", "linear1d", "bilinear2d", "bicubic2d")
 RULES: dict[str, Rule] = {
@@ -48,7 +88,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("mean", "sum", "amax", "amin", "linalg_vector_norm", "var", "std"), arithmetic.reduce),
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "cumsum"), arithmetic.along),
     **dict.fromkeys(("matmul", "bmm", "mm"), arithmetic.matmul),
-    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"), layout.reshape),
+    **dict.fromkeys(
+        ("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"), layout.reshape
+    ),
     **dict.fromkeys(("unsqueeze", "squeeze", "unsqueeze_", "squeeze_", "ravel"), layout.reshape),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t", "mT", "adjoint", "numpy_T"), layout.transpose),
     **dict.fromkeys(("movedim", "moveaxis"), layout.movedim),
@@ -59,15 +101,15 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), layout.cat),
     **dict.fromkeys(("pad", "constant_pad_nd"), layout.pad),
     **dict.fromkeys(("hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_max"), layers.clamp),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh"), layers.recurrent),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh"), sequences.recurrent),
     **dict.fromkeys(("index", "index_select"), layout.index),
     "linear": layers.linear,
     "addmm": arithmetic.addmm,
     "outer": arithmetic.outer,
     "einsum": arithmetic.einsum,
-    "scaled_dot_product_attention": layers.attention,
+    "scaled_dot_product_attention": sequences.attention,
     "group_norm": layers.group_norm,
-    "embedding": layers.embedding,
+    "embedding": sequences.embedding,
     "prelu": layers.prelu,
     "glu": layers.glu,
     "where": layers.where,
@@ -84,7 +126,9 @@ RULES: dict[str, Rule] = {
     "pixel_shuffle": layout.pixel_shuffle,
     "pixel_unshuffle": layout.pixel_unshuffle,
 }
-_VIEWS = frozenset(("view", "slice", "select", "transpose", "permute", "unsqueeze", "squeeze", "expand", "flatten", "reshape"))
+_VIEWS = frozenset(
+    ("view", "slice", "select", "transpose", "permute", "unsqueeze", "squeeze", "expand", "flatten", "reshape")
+)
 
 
 def propagate(
@@ -111,7 +155,9 @@ def _rule(node: Node) -> Rule:
     name = kind(node)
     if name in ("max", "min") and (len(node.args) < 2 or not isinstance(node.args[1], Node)):
         return _extremum
-    if isinstance(node.target, type(operator.add)) or (not shape(node) and not isinstance(node.meta.get("val"), tuple | list)):
+    if isinstance(node.target, type(operator.add)) or (
+        not shape(node) and not isinstance(node.meta.get("val"), tuple | list)
+    ):
         return _number
     return RULES.get(name, arithmetic.unknown)
 
@@ -123,7 +169,9 @@ def _number(state: Propagation, node: Node) -> Value:
     return ()
 
 
-_HARMLESS = frozenset(("sym_size", "_assert_tensor_metadata", "size", "numel", "dim", "_assert_scalar", "is_floating_point"))
+_HARMLESS = frozenset(
+    ("sym_size", "_assert_tensor_metadata", "size", "numel", "dim", "_assert_scalar", "is_floating_point")
+)
 
 
 def _extremum(state: Propagation, node: Node) -> Any:
