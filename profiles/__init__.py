@@ -1,7 +1,8 @@
 """What devices are: profiles, their schema, and which of them fit this machine."""
 
-from profiles.detect import Fit, Machine, detect, fit, why, why_not
+from profiles.detect import Fit, detect, fit, why, why_not
 from profiles.errors import BackendUnavailable, BuildError, EspalierError, PlanError, ProfileError
+from profiles.machine import Machine
 from profiles.registry import load, names
 from profiles.schema import Profile
 

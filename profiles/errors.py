@@ -6,7 +6,10 @@ class EspalierError(Exception):
 
 
 class ProfileError(EspalierError):
-    """A device profile is unknown, malformed, or does not say what was asked of it."""
+    """A device profile is unknown, malformed, or does not say what was asked of it: one line for each reason given."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class PlanError(EspalierError):

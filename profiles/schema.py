@@ -4,14 +4,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from datetime import date
 from typing import Annotated, Literal, Self
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Confidence = Literal["documented", "source", "published", "computed", "measured-here", "inferred", "folklore"]
+from profiles.evidence import UNPROVEN, Cited, Count, Name, Part, Positive, Source, Text
+
 Op = Literal["conv1d", "conv2d", "grouped_conv2d", "depthwise_conv2d", "linear", "matmul"]
 Axis = Literal["out_channels", "in_channels", "hidden", "heads", "head_dim", "tokens", "spatial"]
 Mode = Literal["pad", "tile", "cliff", "reject"]
@@ -20,31 +20,8 @@ Kind = Literal[
 ]
 Number = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8", "int4"]
 
-Text = Annotated[str, Field(min_length=1)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 ProfileId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*\.[a-z0-9][a-z0-9_-]*\.[a-z0-9][a-z0-9_-]*$")]
-Count = Annotated[int, Field(ge=1, strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-SourceIds = Annotated[tuple[Name, ...], Field(min_length=1)]
-
-UNPROVEN: frozenset[str] = frozenset({"inferred", "folklore"})  # good for breaking ties, never for forbidding a width
-
-
-class Part(BaseModel):
-    """A table of a profile file: unknown keys are refused and nothing changes after reading."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Cited(Part):
-    """A statement with its evidence."""
-
-    confidence: Confidence
-    """Where the number comes from; `inferred` and `folklore` may only break ties."""
-    sources: SourceIds
-    """Ids of the [[source]] entries that state it."""
-    note: Text | None = None
-    """What a reader must know before trusting the number."""
+Capability = tuple[Count, Annotated[int, Field(ge=0, strict=True)]]
 
 
 class Granularity(Cited):
@@ -74,17 +51,22 @@ class Granularity(Cited):
     def _check(self) -> Self:
         jumps = self.mode in ("cliff", "reject")
         if self.mode == "cliff" and self.fallback is None:
-            raise ValueError("a cliff needs `fallback`: say what runs instead")
+            raise ValueError("a cliff needs `fallback`; say what runs instead")
         if not jumps and self.fallback is not None:
-            raise ValueError(f"`fallback` is for mode cliff or reject, not {self.mode}")
+            raise ValueError(f"`fallback` is for mode cliff or reject, not {self.mode}; remove it or correct the mode")
         if self.mode != "cliff" and self.penalty is not None:
-            raise ValueError(f"`penalty` is for mode cliff, not {self.mode}")
+            raise ValueError(f"`penalty` is for mode cliff, not {self.mode}; remove it or correct the mode")
         if jumps and self.alpha is not None:
-            raise ValueError(f"`alpha` is for mode pad or tile, not {self.mode}: nothing is rounded there")
+            raise ValueError(f"`alpha` is for mode pad or tile, not {self.mode}: nothing is rounded there; remove it")
         if jumps and self.confidence in UNPROVEN:
-            raise ValueError(f"confidence {self.confidence} may only break ties; mode {self.mode} needs evidence")
+            raise ValueError(
+                f"confidence {self.confidence} may only break ties, and mode {self.mode} forbids widths; "
+                "find a source, or use mode tile"
+            )
         if self.preferred is not None and (self.preferred <= self.quantum or self.preferred % self.quantum):
-            raise ValueError(f"`preferred` {self.preferred} is not a larger multiple of the quantum {self.quantum}")
+            raise ValueError(
+                f"`preferred` {self.preferred} is not a larger multiple of the quantum {self.quantum}; correct either"
+            )
         return self
 
     def effective(self, n: int) -> tuple[float, float]:
@@ -116,11 +98,14 @@ class Structure(Cited):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.pays == "conditional") != bool(self.requires):
-            raise ValueError(f"`requires` lists the conditions if and only if pays = 'conditional', not {self.pays!r}")
+            raise ValueError(
+                f"`requires` lists the conditions if and only if pays = 'conditional', not {self.pays!r}; "
+                "correct either"
+            )
         if self.kind == "nm_sparsity" and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.pattern or ""):
-            raise ValueError(f"nm_sparsity needs a `pattern` such as '2:4', not {self.pattern!r}")
+            raise ValueError(f"nm_sparsity needs a `pattern`, not {self.pattern!r}; write it like '2:4'")
         if self.speedup is not None and self.speedup[0] > self.speedup[1]:
-            raise ValueError(f"`speedup` is [lowest, highest], not {list(self.speedup)}")
+            raise ValueError(f"`speedup` {list(self.speedup)} falls; write [lowest, highest]")
         return self
 
 
@@ -144,12 +129,28 @@ class Memory(Cited):
     on_chip: Annotated[bool, Field(strict=True)]
     capacity_bytes: Count | None = None
     bandwidth_bytes_per_s: Positive | None = None
+    spills_to: Name | None = None
+    """The memory that holds what does not fit; its bandwidth is then the cost."""
+    spill_penalty: Annotated[float, Field(gt=1, strict=True, allow_inf_nan=False)] | None = None
+    """Time past the capacity over time within it, where that was published."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.capacity_bytes is None and self.bandwidth_bytes_per_s is None:
-            raise ValueError("state `capacity_bytes`, `bandwidth_bytes_per_s`, or both")
+            raise ValueError("holds no number; state `capacity_bytes`, `bandwidth_bytes_per_s`, or both")
+        if self.spills_to == self.name:
+            raise ValueError(f"`spills_to` is the memory {self.name!r} itself; name another one")
         return self
+
+
+class Overhead(Cited):
+    """Time that is spent before any work is done."""
+
+    per: Literal["operation", "inference"]
+    """operation: for every one that is launched. inference: once for each run of the model."""
+    latency_s: Positive
+    condition: Text | None = None
+    """How it was launched, on which part."""
 
 
 class Match(Part):
@@ -159,15 +160,37 @@ class Match(Part):
     """A microarchitecture of archspec that the CPU must be or descend from, such as x86_64_v4."""
     features: tuple[Text, ...] = ()
     """CPU flags that must all be present."""
-    cuda_cc: tuple[Count, Annotated[int, Field(ge=0, strict=True)]] | None = None
+    cuda_cc: Capability | None = None
     """CUDA compute capability, such as [8, 0]."""
+    cuda_cc_from: Capability | None = None
+    """The lowest compute capability of a family."""
+    cuda_cc_to: Capability | None = None
+    """The highest compute capability of a family."""
     cuda_name: Text | None = None
     """A part of the device's name as nvidia-smi prints it."""
+    device_tree: Text | None = None
+    """A `compatible` string of the board's device tree, such as rockchip,rk3588."""
+    accelerator: Text | None = None
+    """The kernel driver of an accelerator, such as intel_vpu."""
+    os: Literal["Linux", "Darwin", "Windows"] | None = None
+    """The operating system, as Python's platform.system() names it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.cuda_cc is not None and (self.cuda_cc_from or self.cuda_cc_to):
+            raise ValueError("`cuda_cc` is one capability and `cuda_cc_from`, `cuda_cc_to` a family; give one of both")
+        return self
 
     @property
     def wants_cuda(self) -> bool:
         """Whether a CUDA device is asked for."""
-        return self.cuda_cc is not None or self.cuda_name is not None
+        return any((self.cuda_cc, self.cuda_cc_from, self.cuda_cc_to, self.cuda_name))
+
+    def has_capability(self, found: tuple[int, int]) -> bool:
+        """Say whether a CUDA device of this compute capability is the one or of the family that is asked for."""
+        low = self.cuda_cc or self.cuda_cc_from or (0, 0)
+        high = self.cuda_cc or self.cuda_cc_to or found
+        return low <= found <= high
 
 
 class Device(Part):
@@ -181,7 +204,7 @@ class Device(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind == "cpu" and self.match.archspec is None:
-            raise ValueError("a cpu needs match.archspec, a name of archspec.cpu.TARGETS such as 'x86_64_v3'")
+            raise ValueError("a cpu needs match.archspec; give a name of archspec.cpu.TARGETS such as 'x86_64_v3'")
         return self
 
 
@@ -199,7 +222,7 @@ class Runtime(Part):
         try:
             list(self._alternatives())
         except InvalidSpecifier as error:
-            raise ValueError(f"`versions` is not a PEP 440 specifier such as '>=1.20,<2': {error}") from None
+            raise ValueError(f"`versions` is no PEP 440 specifier ({error}); write it like '>=1.20,<2'") from None
         return self
 
     def _alternatives(self) -> Iterator[SpecifierSet]:
@@ -221,28 +244,6 @@ class Dtype(Part):
     activations: Number
 
 
-class Source(Part):
-    """Where a number was read: a page, or a file of a repository at a commit."""
-
-    id: Name
-    url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
-    repo: Annotated[str, Field(pattern=r"^[^/\s]+(/[^/\s]+)+$")] | None = None
-    path: Text | None = None
-    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{7,40}$")] | None = None
-    lines: Text | None = None
-    quote: Text
-    """The words that state the number, short and verbatim where the source has words."""
-    retrieved: date
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        place = (self.repo, self.path, self.commit)
-        at_url, at_commit = self.url is not None, all(place)
-        if at_url == at_commit or (at_url and (any(place) or self.lines)):
-            raise ValueError("give either `url`, or `repo`, `path` and `commit` (and `lines`)")
-        return self
-
-
 class Profile(Part):
     """One device, runtime and dtype: what widths are rounded to, which structures pay, and who says so."""
 
@@ -261,6 +262,7 @@ class Profile(Part):
     structure: tuple[Structure, ...] = ()
     peak: Peak | None = None
     memory: tuple[Memory, ...] = ()
+    overhead: tuple[Overhead, ...] = ()
     source: tuple[Source, ...] = ()
 
     @model_validator(mode="after")
@@ -268,27 +270,41 @@ class Profile(Part):
         _refuse_duplicates("granularity (op, axis, when)", ((g.op, g.axis, g.when) for g in self.granularity))
         _refuse_duplicates("structure (kind, pattern)", ((s.kind, s.pattern) for s in self.structure))
         _refuse_duplicates("memory name", (m.name for m in self.memory))
+        _refuse_duplicates("overhead (per, condition)", ((o.per, o.condition) for o in self.overhead))
         _refuse_duplicates("source id", (s.id for s in self.source))
+        self._check_sources()
+        memories = {memory.name for memory in self.memory}
+        if lost := sorted({memory.spills_to for memory in self.memory if memory.spills_to} - memories):
+            raise ValueError(f"memory spills to the unknown {', '.join(lost)}; add a [[memory]] for it")
+        return self
+
+    def _check_sources(self) -> None:
+        measured = {source.id for source in self.source if source.measurement is not None}
         defined = {source.id for source in self.source}
         cited = {name for statement in self.cited() for name in statement.sources}
         if missing := sorted(cited - defined):
             raise ValueError(f"cites undefined sources {', '.join(missing)}; add a [[source]] for each")
         if unused := sorted(defined - cited):
             raise ValueError(f"defines sources that nothing cites: {', '.join(unused)}; cite or remove them")
-        return self
+        for statement in self.cited():
+            if (statement.confidence == "measured-here") != bool(measured & set(statement.sources)):
+                raise ValueError(
+                    f"a statement of confidence {statement.confidence!r} cites {', '.join(statement.sources)}; "
+                    "measured-here needs a source with a `measurement`, and such a source needs measured-here"
+                )
 
     def cited(self) -> tuple[Cited, ...]:
         """Return every statement that needs evidence."""
         peak = () if self.peak is None else (self.peak,)
-        return (*self.granularity, *self.structure, *peak, *self.memory)
+        return (*self.granularity, *self.structure, *peak, *self.memory, *self.overhead)
 
     def rules(self, op: str, axis: str) -> tuple[Granularity, ...]:
         """Return the rounding rules for one axis of one operator, in file order; empty if nothing is known."""
         return tuple(rule for rule in self.granularity if (rule.op, rule.axis) == (op, axis))
 
     def quantum(self, op: str, axis: str) -> int:
-        """Return the largest quantum of the rules that are not folklore, 1 if there is none."""
-        return max((rule.quantum for rule in self.rules(op, axis) if rule.confidence != "folklore"), default=1)
+        """Return the largest quantum that has evidence, 1 if there is none: a guess must not forbid a width."""
+        return max((rule.quantum for rule in self.rules(op, axis) if rule.confidence not in UNPROVEN), default=1)
 
     def pays(self, kind: str) -> Structure | None:
         """Return what is known about removing structures of this kind; the first pattern if there are several."""

@@ -1,5 +1,6 @@
 """Every profile file that is shipped is a case."""
 
+import re
 import tomllib
 from datetime import date
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import profiles
+from profiles import lint
 
 DATA = Path(profiles.__file__).parent / "data"
 FILES = sorted(DATA.glob("*.toml"))
@@ -16,33 +18,98 @@ UNPROVEN = {"inferred", "folklore"}
 
 # id, op, axis, quantum: the published table, one line for each number that the planner relies on.
 QUANTA = [
+    ("x86_64.onnxruntime.fp32", "conv2d", "out_channels", 8),
     ("x86_64_v3.onnxruntime.fp32", "conv2d", "out_channels", 8),
     ("x86_64_v3.onnxruntime.fp32", "conv2d", "in_channels", 8),
     ("x86_64_v4.onnxruntime.fp32", "conv2d", "out_channels", 16),
     ("x86_64_v4.onnxruntime.fp32", "linear", "out_channels", 1),
+    ("aarch64.onnxruntime.fp32", "linear", "out_channels", 16),
+    ("aarch64.onnxruntime.fp32", "conv2d", "out_channels", 1),
     ("x86_64_v3.openvino.fp32", "conv2d", "out_channels", 8),
     ("x86_64_v4.openvino.fp32", "conv2d", "in_channels", 16),
+    ("x86_64_v4.openvino.int8-vnni", "conv2d", "out_channels", 16),
+    ("x86_64_v4.openvino.int8-vnni", "grouped_conv2d", "in_channels", 4),
+    ("sapphirerapids.openvino.int8-amx", "conv2d", "in_channels", 64),
+    ("sapphirerapids.openvino.bf16-amx", "conv2d", "in_channels", 32),
+    ("x86_64_v4.pytorch.fp32", "conv2d", "out_channels", 1),
+    ("x86_64.xnnpack.fp32", "conv2d", "out_channels", 8),
     ("x86_64_v3.xnnpack.fp32", "conv2d", "out_channels", 16),
     ("x86_64_v4.xnnpack.fp32", "conv2d", "out_channels", 32),
     ("x86_64_v4.xnnpack.fp32", "depthwise_conv2d", "out_channels", 16),
     ("x86_64_v4.xnnpack.fp32", "conv2d", "in_channels", 1),
+    ("x86_64_v3.xnnpack.int8", "conv2d", "out_channels", 8),
+    ("x86_64_v4.xnnpack.int8-vnni", "conv2d", "out_channels", 16),
+    ("x86_64_v4.xnnpack.int8-vnni", "conv2d", "in_channels", 8),
+    ("sapphirerapids.xnnpack.int8-amx", "conv2d", "out_channels", 64),
+    ("sapphirerapids.xnnpack.int8-amx", "conv2d", "in_channels", 4),
     ("aarch64.xnnpack.fp32", "conv2d", "out_channels", 8),
     ("aarch64.xnnpack.fp32", "linear", "hidden", 8),
+    ("aarch64-fp16.xnnpack.fp16", "conv2d", "out_channels", 16),
+    ("aarch64-dotprod.xnnpack.int8", "conv2d", "in_channels", 4),
+    ("aarch64-i8mm.xnnpack.int8", "conv2d", "in_channels", 8),
+    ("nvidia-v100.cudnn.fp16", "conv2d", "in_channels", 8),
     ("nvidia-a100.cublas.fp16", "linear", "out_channels", 8),
     ("nvidia-a100.cublas.fp16", "linear", "hidden", 64),
     ("nvidia-a100.cublas.fp16", "matmul", "head_dim", 8),
+    ("nvidia-a100.cublas.tf32", "linear", "out_channels", 4),
+    ("nvidia-h100.cublas.fp16", "linear", "hidden", 64),
     ("nvidia-h200.cublas.fp16", "linear", "hidden", 64),
     ("nvidia-h200.cublas.fp16", "matmul", "heads", 1),
+    ("nvidia-ampere.tensorrt.int8", "conv2d", "out_channels", 32),
+    ("nvidia-ampere.tensorrt.fp16", "conv2d", "out_channels", 8),
+    ("nvidia-simt.cudnn.fp32", "linear", "out_channels", 1),
+    ("jetson-agx-orin-64gb.tensorrt-dla.int8", "conv2d", "in_channels", 32),
+    ("jetson-agx-orin-64gb.tensorrt-dla.fp16", "conv2d", "in_channels", 16),
+    ("ethos-u55-32.vela.int8", "conv2d", "out_channels", 4),
     ("ethos-u55-128.vela.int8", "conv2d", "out_channels", 16),
     ("ethos-u55-128.vela.int8", "conv2d", "in_channels", 8),
     ("ethos-u65-512.vela.int8", "conv2d", "out_channels", 16),
-    ("jetson-agx-orin-64gb.tensorrt-dla.int8", "conv2d", "in_channels", 32),
+    ("ethos-u85-256.vela.int8", "conv2d", "out_channels", 8),
+    ("ethos-u85-2048.vela.int8", "conv2d", "in_channels", 16),
+    ("qualcomm-htp.qnn.int8", "conv2d", "out_channels", 32),
+    ("rk3588.rknn.int8", "matmul", "out_channels", 32),
+    ("rk3588.rknn.int8", "conv2d", "out_channels", 1),
+    ("rk3566.rknn.fp16", "matmul", "in_channels", 16),
+    ("intel-npu.openvino.fp16", "conv2d", "out_channels", 16),
+    ("sony-imx500.mct.int4", "conv2d", "out_channels", 64),
+    ("ascend-310.cann.int8", "conv2d", "in_channels", 32),
+    ("ascend-310.cann.fp16", "matmul", "tokens", 16),
+    ("ti-tinynpu.nnc.int8", "conv2d", "out_channels", 4),
+    ("axis-artpec9.tflite.int8", "conv2d", "out_channels", 16),
+    ("coral-edgetpu.tflite.int8", "conv2d", "out_channels", 1),
 ]
+
+PARTS = """
+x86_64 x86_64_v3 x86_64_v4 sapphirerapids aarch64 aarch64-fp16 aarch64-dotprod aarch64-i8mm
+nvidia-v100 nvidia-a100 nvidia-h100 nvidia-h200 nvidia-ampere nvidia-simt jetson-agx-orin-64gb
+ethos-u55-32 ethos-u55-64 ethos-u55-128 ethos-u55-256 ethos-u65-256 ethos-u65-512
+ethos-u85-128 ethos-u85-256 ethos-u85-512 ethos-u85-1024 ethos-u85-2048
+qualcomm-htp qualcomm-htp-v68 rk3588 rk3576 rk3566 rk3562 intel-npu intel-ncs2 apple-ane
+sony-imx500 amd-dpu ascend-310 ti-tinynpu axis-artpec9 nxp-neutron-n3 coral-edgetpu
+"""
+NO_WIDTH_IS_KNOWN = {"nvidia-simt.cudnn.fp32", "nxp-neutron-n3.executorch.int8"}
 
 
 def test_names_are_the_files_that_are_not_abstract() -> None:
     assert profiles.names() == tuple(IDS)
-    assert len(IDS) >= 9
+    assert len(IDS) >= 30
+    assert {name.partition(".")[0] for name in IDS} == set(PARTS.split())
+
+
+def test_every_file_is_clean() -> None:
+    assert [str(finding) for finding in lint.lint()] == []
+
+
+def test_the_device_of_the_readme_is_clean(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", (DATA.parent.parent / "README.md").read_text(), re.S)
+    path = tmp_path / "my-board.onnxruntime.fp32.toml"
+    path.write_text(block)
+    assert [str(finding) for finding in lint.lint(path)] == []
+
+
+def test_every_file_is_a_profile_or_extended_by_one() -> None:
+    extended = {parent for table in TABLES.values() for parent in table.get("extends", [])}
+    assert {name for name, table in TABLES.items() if table.get("abstract")} <= extended
 
 
 @pytest.mark.parametrize("profile_id", IDS)
@@ -69,7 +136,7 @@ def test_profile_survives_json(profile_id: str) -> None:
 @pytest.mark.parametrize("profile_id", IDS)
 def test_only_evidence_forbids_a_width(profile_id: str) -> None:
     rules = profiles.load(profile_id).granularity
-    assert rules, "a profile without a single known quantum helps nobody"
+    assert bool(rules) is (profile_id not in NO_WIDTH_IS_KNOWN)
     assert not [rule for rule in rules if rule.mode in ("cliff", "reject") and rule.confidence in UNPROVEN]
 
 
@@ -93,7 +160,8 @@ def test_unstructured_zeros_pay_only_where_a_mechanism_was_found() -> None:
         assert known is not None, profile_id
         verdicts[profile_id] = known.pays
     conditional = {profile_id for profile_id, pays in verdicts.items() if pays == "conditional"}
-    assert conditional == {name for name in verdicts if ".xnnpack." in name or ".vela." in name}
+    sparse = {name for name in verdicts if ".vela." in name or (".xnnpack.fp" in name)}
+    assert conditional == sparse | {"sapphirerapids.openvino.int8-amx", "apple-ane.coreml.fp16"}
     assert "yes" not in verdicts.values()
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from profiles.schema import Device, Granularity, Memory, Profile, Runtime, Source, Structure
+from profiles.evidence import Source
+from profiles.schema import Device, Granularity, Match, Memory, Overhead, Profile, Runtime, Structure
 
 PAD = {"op": "conv2d", "axis": "out_channels", "quantum": 16, "mode": "pad", "confidence": "source", "sources": ["s"]}
 CLIFF = PAD | {"mode": "cliff", "fallback": "plain"}
@@ -23,6 +24,19 @@ PROFILE = {
     "source": [PAGE],
 }
 PEAK = {"confidence": "source", "sources": ["s"]}
+SRAM = PEAK | {"name": "sram", "on_chip": True, "capacity_bytes": 1024}
+MEASURED = {
+    "machine": "anvil rev 2",
+    "runtime_version": "1.31.1",
+    "driver_version": "2.0",
+    "power_mode": "15 W",
+    "threads": 1,
+    "batch": 1,
+    "runs": 100,
+    "median_s": 61e-6,
+    "spread_s": 1e-6,
+}
+BENCH = {"id": "s", "measurement": MEASURED, "quote": "61 us at 64 channels", "retrieved": "2026-11-20"}
 
 REFUSED = [
     ("an unknown key", Granularity, PAD | {"quantums": 16}, "Extra inputs"),
@@ -50,17 +64,27 @@ REFUSED = [
     ("n:m of words", Structure, SPARSE | {"pattern": "two of four"}, "'2:4'"),
     ("a speedup from high to low", Structure, SPARSE | {"speedup": [1.5, 1.2]}, "lowest, highest"),
     ("a memory without a number", Memory, PEAK | {"name": "sram", "on_chip": True}, "state `capacity_bytes`"),
+    ("a memory that spills into itself", Memory, SRAM | {"spills_to": "sram"}, "itself"),
+    ("a spill that is free", Memory, SRAM | {"spills_to": "dram", "spill_penalty": 1.0}, "greater than 1"),
+    ("a spill to nowhere", Profile, PROFILE | {"memory": [SRAM | {"spills_to": "dram"}]}, "unknown dram"),
+    ("an overhead of nothing", Overhead, PEAK | {"per": "operation", "latency_s": 0.0}, "greater than 0"),
+    ("an overhead of a day", Overhead, PEAK | {"per": "day", "latency_s": 1.0}, "'operation' or 'inference'"),
+    ("a capability and a family", Match, {"cuda_cc": (8, 0), "cuda_cc_from": (7, 0)}, "give one of both"),
+    ("an operating system of its own", Match, {"os": "BeOS"}, "Darwin"),
     ("a cpu that cannot be matched", Device, NPU | {"kind": "cpu"}, "match.archspec"),
     ("versions in words", Runtime, {"name": "openvino", "versions": "new ones"}, "PEP 440"),
     ("a source of nowhere", Source, {k: v for k, v in PAGE.items() if k != "url"}, "either `url`, or `repo`"),
     ("a source in two places", Source, PAGE | FILE, "either `url`, or `repo`"),
     ("a page with a path", Source, PAGE | {"path": "c.h"}, "either `url`, or `repo`"),
     ("a source without a commit", Source, {k: v for k, v in FILE.items() if k != "commit"}, "either `url`, or `repo`"),
+    ("a page that was measured", Source, PAGE | {"measurement": MEASURED}, "give either `url`"),
+    ("a measurement without runs", Source, BENCH | {"measurement": {**MEASURED, "runs": 0}}, "greater than or equal"),
     ("a source without a quote", Source, PAGE | {"quote": ""}, "at least 1"),
     ("an undefined source", Profile, PROFILE | {"source": []}, "undefined sources s"),
     ("an unused source", Profile, PROFILE | {"source": [PAGE, PAGE | {"id": "t"}]}, "nothing cites: t"),
     ("a source twice", Profile, PROFILE | {"source": [PAGE, PAGE]}, "appears twice: s"),
     ("a rule twice", Profile, PROFILE | {"granularity": [PAD, PAD]}, "appears twice"),
+    ("documented by a measurement", Profile, PROFILE | {"source": [BENCH]}, "such a source needs measured-here"),
     ("a structure twice", Profile, PROFILE | {"structure": [SPARSE, SPARSE]}, "appears twice"),
     ("a peak that hides sparsity", Profile, PROFILE | {"peak": PEAK | {"ops_per_s": {"int8": 1e12}}}, "pattern"),
     ("a newer schema", Profile, PROFILE | {"schema": 2}, "should be 1"),
@@ -77,7 +101,16 @@ def test_schema_refuses(model: type[Any], table: dict[str, Any], reason: str) ->
 
 @pytest.mark.parametrize(
     ("model", "table"),
-    [(Granularity, PAD), (Granularity, CLIFF), (Structure, SPARSE), (Source, PAGE), (Source, FILE), (Profile, PROFILE)],
+    [
+        (Granularity, PAD),
+        (Granularity, CLIFF),
+        (Structure, SPARSE),
+        (Source, PAGE),
+        (Source, FILE),
+        (Source, BENCH),
+        (Memory, SRAM),
+        (Profile, PROFILE),
+    ],
 )
 def test_the_tables_that_refusals_start_from_are_accepted(model: type[Any], table: dict[str, Any]) -> None:
     assert TypeAdapter(model).validate_python(table)
@@ -131,8 +164,9 @@ def test_rule_is_silent_below_its_first_width() -> None:
     assert rule(at_least=16).effective(17) == (17.0, 32.0)
 
 
-def test_folklore_does_not_enter_the_quantum() -> None:
-    rules = [PAD | {"quantum": 4}, PAD | {"quantum": 64, "when": "they say", "confidence": "folklore"}]
+@pytest.mark.parametrize("confidence", ["folklore", "inferred"])
+def test_a_guess_does_not_enter_the_quantum(confidence: str) -> None:
+    rules = [PAD | {"quantum": 4}, PAD | {"quantum": 64, "when": "they say", "confidence": confidence}]
     profile = Profile.model_validate(PROFILE | {"granularity": rules})
     assert profile.quantum("conv2d", "out_channels") == 4
     assert [known.quantum for known in profile.rules("conv2d", "out_channels")] == [4, 64]
@@ -161,3 +195,27 @@ def test_unknown_axes_and_kinds_are_unknown_not_zero() -> None:
 )
 def test_runtime_versions(versions: str | None, installed: str, accepted: bool) -> None:
     assert Runtime(name="tensorrt", versions=versions).accepts(installed) is accepted
+
+
+@pytest.mark.parametrize(
+    ("match", "found", "fits"),
+    [
+        ({"cuda_cc": (8, 0)}, (8, 0), True),
+        ({"cuda_cc": (8, 0)}, (8, 6), False),
+        ({"cuda_cc_from": (8, 0), "cuda_cc_to": (8, 7)}, (8, 6), True),
+        ({"cuda_cc_from": (8, 0), "cuda_cc_to": (8, 7)}, (8, 9), False),
+        ({"cuda_cc_from": (8, 0)}, (12, 1), True),
+        ({"cuda_cc_to": (8, 9)}, (5, 3), True),
+        ({"cuda_name": "A100"}, (3, 5), True),
+    ],
+)
+def test_compute_capabilities_are_one_or_a_family(match: dict[str, Any], found: tuple[int, int], fits: bool) -> None:
+    asked = Match.model_validate(match)
+    assert asked.wants_cuda
+    assert asked.has_capability(found) is fits
+
+
+def test_a_source_knows_its_address() -> None:
+    assert Source.model_validate(PAGE).place == "https://example.org/"
+    assert Source.model_validate(FILE | {"lines": "3-4"}).place == "a/b@0123abc c.h lines 3-4"
+    assert Source.model_validate(BENCH).place == "measured on anvil rev 2"
