@@ -23,7 +23,7 @@ def combine(state: Propagation, node: Node, parts: Sequence[Part], *, product: b
 
     Elements that meet are tied. A product is zero where any factor is, a sum where all terms are.
     """
-    dims = max(len(size) for _, size in parts)
+    dims = max((len(size) for _, size in parts), default=0)
     tracks = [[_aligned(track, dims) for track in value] for value, _ in parts]
     sizes = [(1,) * (dims - len(size)) + size for _, size in parts]
     out: list[Track] = []
@@ -168,6 +168,14 @@ def addmm(state: Propagation, node: Node) -> Value:
     bias, left, right = node.args[:3]
     operands = [(state.of(left), shape(left), "XY"), (state.of(right), shape(right), "YZ")]
     return biased(state, node, contract(state, node, operands, "XZ"), bias)
+
+
+def baddbmm(state: Propagation, node: Node) -> Value:
+    """`input + a @ b` over a batch."""
+    given, left, right = node.args[:3]
+    operands = [(state.of(left), shape(left), "bXY"), (state.of(right), shape(right), "bYZ")]
+    product = contract(state, node, operands, "bXZ")
+    return combine(state, node, [(product, shape(node)), part(state, given)], product=False)
 
 
 def biased(state: Propagation, node: Node, value: Value, bias: object, axis: int = -1) -> Value:

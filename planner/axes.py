@@ -66,6 +66,9 @@ class Propagation:
     trained: frozenset[str]  # the names of parameters: what penalties can make zero
     lossy: bool = False  # whether layer normalisations over a cut axis are let pass, with an error
     count: int = 0
+    constants: set[Node] = field(
+        default_factory=set
+    )  # tensors that depend on neither inputs nor parameters nor buffers
     current: Node | None = None
     ties: list[Ids] = field(default_factory=list)  # (2, n) pairs of units that are the same group
     tied_at: list[Node | None] = field(default_factory=list)  # the operation that made each of them
@@ -122,7 +125,14 @@ class Propagation:
         """Return the name of the leaf that an argument of a node is, or None."""
         if not isinstance(argument, Node):
             return None
-        return self.names.get(argument.name, argument.name if is_factory(argument) else None)
+        return self.names.get(argument.name, argument.name if argument in self.constants else None)
+
+    def is_constant(self, node: Node) -> bool:
+        """Whether a node makes a tensor from numbers and constants alone."""
+        if node.op != "call_function" or not shape(node) or kind(node).endswith("_"):
+            return False
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | tuple | list)]
+        return all(n in self.constants for n in tensors)
 
     def leaf(self, node: Node, axis: int) -> Track:
         """Return the track of one axis of a leaf."""
@@ -145,13 +155,6 @@ class Propagation:
             self.values[argument] = tuple(self.leaf(argument, i) for i, n in enumerate(shape(argument)) if n > 1)
         found = self.values.get(argument, ())
         return found if isinstance(found, tuple) else ()
-
-
-def is_factory(node: Node) -> bool:
-    """Whether a node makes a tensor from numbers alone."""
-    if node.op != "call_function" or not shape(node):
-        return False
-    return not any(isinstance(source.meta.get("val"), torch.Tensor | tuple | list) for source in node.all_input_nodes)
 
 
 def shape(argument: object) -> tuple[int, ...]:

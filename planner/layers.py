@@ -279,3 +279,9 @@ def reciprocal(state: Propagation, node: Node) -> Value:
         if track.zero.any() and not track.promise:
             state.freeze(track, f"not finite at zero, {place(node)}")
     return blunted(state.of(node.args[0]))
+
+
+def compared(state: Propagation, node: Node) -> Value:
+    """A comparison or other function of several elements whose value at zero is not known to be zero."""
+    parts = [part(state, a) for a in node.args[:2] if isinstance(a, Node) and _is_tensor(a)]
+    return blunted(combine(state, node, parts, product=False))

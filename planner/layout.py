@@ -152,15 +152,28 @@ def flip(state: Propagation, node: Node) -> Value:
     return tuple(t.moved(lambda a: np.flip(a, arg(node, 1, "dims"))) for t in state.of(node.args[0]))
 
 
-def _taken(value: Value, axis: int, positions: slice) -> Value:
-    """Return the tracks of some positions of an axis."""
+def _picked(state: Propagation, node: Node, value: Value, move: Callable[[Array], Array]) -> Value:
+    """Return the tracks of what `move` takes of a tensor; a unit that is taken alone has to stay."""
+    out = []
+    for whole in value:
+        part = whole.moved(move)
+        track = _compressed(part)
+        if track is None:
+            state.freeze(part, f"taken alone by {place(node)}")
+        else:
+            out.append(track)
+    return tuple(out)
+
+
+def _taken(state: Propagation, node: Node, axis: int, positions: slice) -> Value:
+    """Return the tracks of some positions of an axis of a node's input."""
 
     def take(array: Array) -> Array:
         if array.shape[axis] == 1:
             return array
         return array[tuple(positions if i == axis % array.ndim else slice(None) for i in range(array.ndim))]
 
-    return moved(value, lambda track: track.moved(take))
+    return _picked(state, node, state.of(node.args[0]), take)
 
 
 def slices(state: Propagation, node: Node) -> Value:
@@ -171,23 +184,23 @@ def slices(state: Propagation, node: Node) -> Value:
         last = first + last
     if any(isinstance(bound, Node) for bound in (first, last)):
         first, last = (number(b.meta["val"]) if isinstance(b, Node) else b for b in (first, last))
-    return _taken(state.of(node.args[0]), axis, slice(first, last, step))
+    return _taken(state, node, axis, slice(first, last, step))
 
 
 def select(state: Propagation, node: Node) -> Value:
     """x[..., index, ...]."""
     axis, index = arg(node, 1, "dim") % len(shape(node.args[0])), arg(node, 2, "index")
-    return _without(state.of(node.args[0]), axis, index)
+    return _without(state, node, axis, index)
 
 
-def _without(value: Value, axis: int, index: int) -> Value:
-    return moved(value, lambda t: t.moved(lambda a: a.take(index if a.shape[axis] > 1 else 0, axis)))
+def _without(state: Propagation, node: Node, axis: int, index: int) -> Value:
+    return _picked(state, node, state.of(node.args[0]), lambda a: a.take(index if a.shape[axis] > 1 else 0, axis))
 
 
 def unbind(state: Propagation, node: Node) -> list[Value]:
     """unbind(dim): a tuple of selections."""
     axis, size = arg(node, 1, "dim", 0), shape(node.args[0])
-    return [_without(state.of(node.args[0]), axis % len(size), index) for index in range(size[axis])]
+    return [_without(state, node, axis % len(size), index) for index in range(size[axis])]
 
 
 def split(state: Propagation, node: Node) -> list[Value]:
@@ -195,7 +208,7 @@ def split(state: Propagation, node: Node) -> list[Value]:
     axis, parts, out, first = arg(node, 2, "dim", 0), node.meta["val"], [], 0
     for piece in parts:
         length = number(piece.shape[axis])
-        out.append(_taken(state.of(node.args[0]), axis, slice(first, first + length)))
+        out.append(_taken(state, node, axis, slice(first, first + length)))
         first += length
     return out
 
@@ -210,7 +223,7 @@ def item(state: Propagation, node: Node) -> Value:
 
 def cat(state: Propagation, node: Node) -> Value:
     """Join along an axis that the tensors have; their other axes are tied."""
-    tensors: Any = [t for t in arg(node, 0, "tensors") if shape(t) != (0,)]
+    tensors: Any = [t for t in arg(node, 0, "tensors") if 0 not in shape(t)]
     return _joined(state, node, tensors, [(state.of(t), shape(t)) for t in tensors])
 
 

@@ -14,62 +14,23 @@ Rule = Callable[[Propagation, Node], Value | list[Value]]
 
 # Functions with f(0) = 0 that act on each element alone.
 ZERO_KEEPING = (
-    *(
-        "relu",
-        "relu_",
-        "relu6",
-        "relu6_",
-        "leaky_relu",
-        "leaky_relu_",
-        "silu",
-        "silu_",
-        "gelu",
-        "gelu_",
-        "tanh",
-        "tanh_",
-    ),
-    *(
-        "hardswish",
-        "hardswish_",
-        "mish",
-        "mish_",
-        "elu",
-        "elu_",
-        "selu",
-        "selu_",
-        "celu",
-        "celu_",
-        "neg",
-        "abs",
-        "sqrt",
-    ),
-    *("softsign", "softshrink", "hardshrink", "tanhshrink", "erf", "sin", "asin", "atan", "sinh", "expm1", "log1p"),
-    *("square", "sign", "floor", "ceil", "round", "trunc", "square_", "relu6", "rrelu", "rrelu_with_noise"),
-    *("dropout", "dropout_", "feature_dropout", "alpha_dropout", "native_dropout", "feature_alpha_dropout"),
-    *("clone", "contiguous", "to", "_to_copy", "alias", "detach", "detach_", "lift_fresh_copy", "lift_fresh", "lift"),
-    *("type_as", "float", "half", "bfloat16", "double", "tril", "triu", "nan_to_num", "positive", "requires_grad_"),
-)
+    "relu relu_ relu6 relu6_ leaky_relu leaky_relu_ silu silu_ gelu gelu_ tanh tanh_ hardswish hardswish_ mish "
+    "mish_ elu elu_ selu selu_ celu celu_ neg abs sqrt softsign softshrink hardshrink tanhshrink erf sin asin "
+    "atan sinh expm1 log1p square sign floor ceil round trunc square_ rrelu rrelu_with_noise dropout dropout_ "
+    "feature_dropout alpha_dropout native_dropout feature_alpha_dropout clone contiguous to _to_copy alias "
+    "detach detach_ lift_fresh_copy lift_fresh lift type_as float half bfloat16 double tril triu nan_to_num "
+    "positive requires_grad_ "
+).split()
 # And with f(0) != 0.
 OTHERS = (
-    *("sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "softplus", "exp", "exp_", "exp2", "cos", "cosh", "acos"),
-    *("log_sigmoid", "logical_not", "bitwise_not", "isnan", "isinf", "isfinite", "threshold", "ones_like", "full_like"),
-    *("logit",),
-)
+    "sigmoid sigmoid_ hardsigmoid hardsigmoid_ softplus exp exp_ exp2 cos cosh acos log_sigmoid logical_not "
+    "bitwise_not isnan isinf isfinite threshold ones_like full_like logit "
+).split()
 _SUM, _PRODUCT = layers.elementwise(product=False), layers.elementwise(product=True)
 _COMPARED = (
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "logical_and",
-    "logical_or",
-    "bitwise_and",
-    "bitwise_or",
-    "atan2",
-    "pow",
-)
+    "eq ne lt le gt ge __and__ __or__ __xor__ logical_and logical_or logical_xor bitwise_and bitwise_or atan2 "
+    "floor_divide remainder fmod "
+).split()
 _POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool", "fractional_max_pool")
 _INTERPOLATIONS = ("nearest1d", "nearest2d", "nearest3d", "_nearest_exact2d", "linear1d", "bilinear2d", "bicubic2d")
 RULES: dict[str, Rule] = {
@@ -82,9 +43,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys([f"upsample_{name}" for name in (*_INTERPOLATIONS, "trilinear3d")], layers.pool),
     **dict.fromkeys(("batch_norm", "instance_norm"), layers.batch_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), layers.layer_norm),
-    **dict.fromkeys(("add", "add_", "sub", "sub_", "rsub", "maximum", "minimum", "max", "min"), _SUM),
-    **dict.fromkeys(("mul", "mul_"), _PRODUCT),
-    **dict.fromkeys(("div", "div_"), layers.divide),
+    **dict.fromkeys(("add", "add_", "sub", "sub_", "subtract", "rsub", "maximum", "minimum", "max", "min"), _SUM),
+    **dict.fromkeys(("mul", "mul_", "multiply", "multiply_"), _PRODUCT),
+    **dict.fromkeys(("div", "div_", "divide", "divide_", "true_divide"), layers.divide),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "linalg_vector_norm", "var", "std"), arithmetic.reduce),
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "cumsum"), arithmetic.along),
     **dict.fromkeys(("matmul", "bmm", "mm"), arithmetic.matmul),
@@ -103,7 +64,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_max"), layers.clamp),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh"), sequences.recurrent),
     **dict.fromkeys(("index", "index_select"), layout.index),
+    **dict.fromkeys(_COMPARED, layers.compared),
     "linear": layers.linear,
+    "baddbmm": arithmetic.baddbmm,
     "addmm": arithmetic.addmm,
     "outer": arithmetic.outer,
     "einsum": arithmetic.einsum,
@@ -138,7 +101,9 @@ def propagate(
     state = Propagation(names, trained, lossy)
     for node in nodes:
         state.current = node
-        if node.op == "call_function" and state.name(node) is None:
+        if state.is_constant(node):
+            state.constants.add(node)
+        elif node.op == "call_function":
             state.values[node] = _rule(node)(state, node)
             if kind(node).endswith("_") and not kind(node).endswith("__"):
                 _overwrite(state, node)
