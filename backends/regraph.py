@@ -6,6 +6,7 @@ keeps the names of parameters and buffers, and takes other batch sizes where the
 
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,19 +15,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from planner.axes import Propagation, Track, arg, kind, number, place, shape
 from planner.blocks import find_blocks
-from planner.graph import aliases, components, exported, live
+from planner.graph import aliases, exported, live
 from planner.rules import propagate
-from profiles.errors import BuildError
+from planner.widths import components
+from profiles.errors import BuildError, PlanError
 
 log = logging.getLogger(__name__)
 Mask = NDArray[np.bool_]
 Masks = Mapping[tuple[str, int], Mask]  # (parameter or buffer, axis) -> which elements stay
 
 _RESHAPES = frozenset(("view", "reshape", "_unsafe_view", "expand", "unflatten"))
+_ZERO_OR_ONE = re.compile(r"(!= [01]|> [01]|>= [12])$|^[01] < ")
 _MOVES = frozenset(("permute", "transpose", "clone", "contiguous", "swapaxes", "movedim", "alias"))
 
 
@@ -35,8 +39,7 @@ def regraph(model: nn.Module, inputs: tuple[Tensor, ...], masks: Masks, removed:
 
     Raises BuildError, naming the operation and its place, where the elements that stay do not form a tensor.
     """
-    program = exported(model, inputs, dynamic=True)
-    module = program.module(check_guards=False)
+    module = _program(model, inputs).module()
     first = {name: same for same, names in aliases(model).items() for name in names}
     names = {n.name: first.get(str(n.target), str(n.target)) for n in module.graph.nodes if n.op == "get_attr"}
     trained = frozenset(name for name, _ in model.named_parameters())
@@ -48,13 +51,25 @@ def regraph(model: nn.Module, inputs: tuple[Tensor, ...], masks: Masks, removed:
     editor = _Editor(module, state, _kept(state, masks))
     for node in nodes:
         editor.visit(node)
-    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module"))
     _follow_training(module.graph)
     smaller = GraphModule(module, module.graph)
     for name, parameter in model.named_parameters():
         if (own := dict(smaller.named_parameters()).get(name)) is not None:
             own.requires_grad_(parameter.requires_grad)
     return smaller.train(model.training)
+
+
+def _program(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """Return the program of `model`, which checks the sizes of its inputs where it is right for some alone."""
+    several = tuple(torch.cat([x, x]) if x.dim() and len(x) == 1 else x for x in inputs)  # a 1 is taken for a constant
+    try:
+        program = exported(model, several, dynamic=True)
+    except PlanError:
+        program = exported(model, inputs, dynamic=True)
+    # That a size is not 0 or 1 is assumed everywhere, and needed nowhere: broadcasting works for 1 too.
+    program._guards_code = [said for said in program._guards_code if not _ZERO_OR_ONE.search(said)]
+    return program
 
 
 def _kept(state: Propagation, masks: Masks) -> Mask:

@@ -150,7 +150,8 @@ def _resize(module: nn.Module, attribute: str, axis: int, before: int, after: in
         if axis == 1 and attribute.endswith("_l0"):
             setattr(module, names[0] if attribute.startswith("weight_hh") else names[1], after)
         return
-    if attribute != "weight":
+    counts = attribute == "running_mean" and isinstance(module, nn.modules.batchnorm._NormBase)
+    if attribute != "weight" and not counts:
         return
     if axis < len(names):
         value = (*getattr(module, names[axis])[:-1], after) if names[0] == "normalized_shape" else after

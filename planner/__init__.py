@@ -6,23 +6,28 @@ from planner.groups import Groups, group
 from planner.importance import Importance, magnitude, measured
 from planner.latency import LatencyTable
 from planner.prox import Proximal, attach, harden_
+from planner.scope import Scope
 from planner.search import plan, with_global_budget
 from planner.spec import Plan
-from planner.structures import Depth, Filter, Structure
+from planner.structures import Depth, Embedding, Filter, Head, Hidden, Structure
 from planner.tournament import loss_after
 from planner.train import Moment, Recipe, accuracy, fit, history, recalibrate_
 
 __all__ = [
     "Depth",
+    "Embedding",
     "Filter",
     "Graph",
     "Groups",
+    "Head",
+    "Hidden",
     "Importance",
     "LatencyTable",
     "Moment",
     "Plan",
     "Proximal",
     "Recipe",
+    "Scope",
     "Structure",
     "accuracy",
     "attach",

@@ -1,5 +1,6 @@
 """Residual blocks of an exported graph: additions of a shortcut and a body that nothing else uses."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,7 @@ def find_blocks(
     """Find every addition of two tensors one of which is a removable body and the other comes from `inputs`."""
     trained = {name for name, _ in model.named_parameters()}
     given = {node for node in nodes if node.name in inputs}
+    numbered = _numbered(nodes)
     found: list[Block] = []
     for node in nodes:
         if not _joins(node):
@@ -52,7 +54,10 @@ def find_blocks(
         body, end, shortcut = max(sides, key=lambda side: _layers(side[0]))
         last = _zeroing(end, names)
         if _layers(body) and last and trained.issuperset(last) and given & _ancestors(shortcut):
-            found.append(_block(node, body, last, names, taken={block.name for block in found}))
+            block, taken = _block(node, body, last, names), {"", *(block.name for block in found)}
+            while block.name in taken:
+                block = replace(block, name=f"{block.module}.{numbered[node]}".lstrip("."))
+            found.append(block)
     return tuple(replace(block, frozen=_shared(nodes, names, block) or _overwriting(nodes, block)) for block in found)
 
 
@@ -82,17 +87,26 @@ def _overwriting(nodes: Sequence[Node], block: Block) -> str | None:
     return None
 
 
-def _block(add: Node, body: set[Node], last: tuple[str, ...], names: dict[str, str], taken: set[str]) -> Block:
+def _numbered(nodes: Sequence[Node]) -> dict[Node, str]:
+    """Return a name for each addition of tensors that does not depend on what else is in the graph: "add", "add_1"."""
+    counts, found = Counter[str](), {}
+    for node in nodes:
+        if kind(node) in ("add", "add_") and shape(node):
+            count = counts[kind(node)]
+            found[node] = f"{kind(node)}_{count}" if count else kind(node)
+            counts[kind(node)] += 1
+    return found
+
+
+def _block(add: Node, body: set[Node], last: tuple[str, ...], names: dict[str, str]) -> Block:
     module = _common_module([add, *body])
-    name = module or add.name
-    while name in taken:
-        name = f"{module}.{add.name}"
     tensors = {names[source.name] for node in body for source in node.all_input_nodes if source.name in names}
     modules = frozenset(tensor.rpartition(".")[0] for tensor in tensors)
     stage = "x".join(map(str, shape(add)[1:]))
     (shortcut,) = set(add.all_input_nodes) - body
     relu = all(kind(user).rstrip("_") == "relu" for user in add.users) and kind(shortcut).rstrip("_") == "relu"
-    return Block(name, module, frozenset(node.name for node in body), last, stage, modules, relu, place(add), add.name)
+    inside = frozenset(node.name for node in body)
+    return Block(module, module, inside, last, stage, modules, relu, place(add), add.name)
 
 
 def _body(end: Node, other: Node, add: Node) -> set[Node]:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from planner.blocks import Block
 from planner.evaluation import evaluating
-from planner.graph import Graph, Width
+from planner.graph import Graph
 from planner.groups import Groups, group
 from planner.structures import Depth, Filter, Structure
+from planner.widths import Width
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from planner.arithmetic import Operand, any_zero, biased, combine, contract, part, unknown
 from planner.axes import Propagation, Track, Value, arg, kind, place, shape
+from planner.layout import picked
 
 
 def linear(state: Propagation, node: Node) -> Value:
@@ -178,7 +179,7 @@ def glu(state: Propagation, node: Node) -> Value:
         def take(a: Any) -> Any:
             return a.take(range(first, first + half), axis) if a.shape[axis] > 1 else a
 
-        return tuple(t.moved(take) for t in state.of(node.args[0]))
+        return picked(state, node, state.of(node.args[0]), take)
 
     gate = tuple(Track(t.units, np.zeros_like(t.zero)) for t in half_of(half))
     form = shape(node)

@@ -152,7 +152,7 @@ def flip(state: Propagation, node: Node) -> Value:
     return tuple(t.moved(lambda a: np.flip(a, arg(node, 1, "dims"))) for t in state.of(node.args[0]))
 
 
-def _picked(state: Propagation, node: Node, value: Value, move: Callable[[Array], Array]) -> Value:
+def picked(state: Propagation, node: Node, value: Value, move: Callable[[Array], Array]) -> Value:
     """Return the tracks of what `move` takes of a tensor; a unit that is taken alone has to stay."""
     out = []
     for whole in value:
@@ -173,7 +173,7 @@ def _taken(state: Propagation, node: Node, axis: int, positions: slice) -> Value
             return array
         return array[tuple(positions if i == axis % array.ndim else slice(None) for i in range(array.ndim))]
 
-    return _picked(state, node, state.of(node.args[0]), take)
+    return picked(state, node, state.of(node.args[0]), take)
 
 
 def slices(state: Propagation, node: Node) -> Value:
@@ -194,7 +194,7 @@ def select(state: Propagation, node: Node) -> Value:
 
 
 def _without(state: Propagation, node: Node, axis: int, index: int) -> Value:
-    return _picked(state, node, state.of(node.args[0]), lambda a: a.take(index if a.shape[axis] > 1 else 0, axis))
+    return picked(state, node, state.of(node.args[0]), lambda a: a.take(index if a.shape[axis] > 1 else 0, axis))
 
 
 def unbind(state: Propagation, node: Node) -> list[Value]:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeGuard
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -26,6 +26,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def replicas(model: nn.Module) -> ProcessGroup | None:
+    """Return the processes that train replicas of `model` together; None if it is sharded, or there is one process.
+
+    They are those of DistributedDataParallel, or all processes where only what it wraps is given.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    if any(sharded(parameter) for parameter in model.parameters()):
+        return None
+    wrapper = next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
+    group: ProcessGroup | None = distributed.group.WORLD if wrapper is None else wrapper.process_group
+    return group if group is not None and group.size() > 1 else None
+
+
+def first_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Replace `tensor` in all processes of `group` by that of its first one; with no group, leave it."""
+    if group is not None:
+        distributed.broadcast(tensor, group_src=0, group=group)
+    return tensor
 
 
 def whole(model: nn.Module) -> nn.Module:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from planner import envelope
 from planner.graph import Graph
-from planner.parallel import unwrapped, whole
-from planner.pools import Pools, flush_, harden_pools_, pools
+from planner.metric import Metric, Problem, Weights
+from planner.parallel import first_, replicas, unwrapped, whole
+from planner.pools import Pools, flush_, pools
 from planner.spec import Plan
 from profiles.errors import PlanError
 
@@ -20,11 +22,14 @@ log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def harden_(plan: Plan, model: nn.Module) -> int:
-    """Make the planned groups exactly zero now; return how many groups that were not zero had to change."""
+    """Make the planned groups exactly zero now; return how many groups that were not zero had to change.
+
+    How many of which pool they are is logged.
+    """
     model = whole(unwrapped(model))
-    changed = harden_pools_(pools(plan, model, plan.graph(model)), dict(model.named_parameters()))[1]
-    flush_(model)
-    return changed
+    state, parameters = pools(plan, model, plan.graph(model)), dict(model.named_parameters())
+    norms = state.groups.norms(parameters)
+    return _keep_(state, model, norms, state.select(norms))
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,14 @@ class Schedule:
     steps: int
     total: float = 6.0
     anneal: float = 0.0  # the share of the steps in which budgets fall from everything to the target
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise PlanError(f"steps is {self.steps}; it must be at least 1")
+        if not self.total > 0:
+            raise PlanError(f"total is {self.total}; it must be above 0: 6 by default, of which 3 to 4 do the work")
+        if not 0 <= self.anneal <= 1:
+            raise PlanError(f"anneal is {self.anneal}; it is a share of the steps, from 0 to 1")
 
     def step_size(self, t: int) -> float:
         """Return λ_t, at most 1/2 so that the de-biased prox is single-valued for a < 2."""
@@ -55,23 +68,41 @@ class Proximal:
     """The proximal step of a plan: shrinks groups for `schedule.steps` steps, then holds the support fixed.
 
     After SGD, with momentum or not, the step is the exact prox of λ·GS (or λ·D) at the weights that the optimizer left.
-    After Adam and its kin it is the exact prox in the metric that gives each group the mean of √v̂ + ε over its weights
-    (relative to its pool), an approximation of their element-wise metric: b_j = λ a_j / h_j in the notation of
-    planner.envelope. The support is fixed by x²/(a·d).
+    After Adam and AdamW it is the exact prox in the metric that gives each group the mean of √v̂ + ε over its weights
+    (relative to its pool), an approximation of their own metric: b_j = λ a_j / h_j in the notation of planner.envelope.
+    With `elementwise` it is the exact prox in their own metric √v̂ + ε, weight by weight, for several passes over the
+    weights. In the de-biased form a metric below 2 λ a_j is raised to that, as the prox is single-valued above λ a_j
+    only: exact where none was.
+
+    Parameter groups with learning rates of their own make a metric too, 1 / rate relative to the mean over groups: λ_j
+    is λ times the harmonic mean of the rates of the weights of group j; `elementwise` is again the exact prox. A group
+    with weights that do not train, of rate 0, does not shrink. It may still be cut when the support is fixed: that is
+    by x²/(a·d), whatever the metric.
+
+    Replicas of a model in several processes keep the groups that the first one keeps.
     """
 
     def __init__(
-        self, state: Pools, model: nn.Module, schedule: Schedule, *, debiased: bool, optimizer: Optimizer | None = None
+        self,
+        state: Pools,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        debiased: bool,
+        optimizer: Optimizer | None = None,
+        elementwise: bool = False,
     ) -> None:
         """Prepare; `attach` is the usual way to make one."""
         self.taken = 0
         self.schedule = schedule
         self.changed_at_freeze = 0
+        self._replicas = replicas(model)
         self._state = state
-        self._model = model
-        self._parameters = dict(model.named_parameters())
+        self._model = unwrapped(model)
+        self._parameters = dict(self._model.named_parameters())
         self._debiased = debiased
-        self._optimizer = optimizer
+        self._metric = None if optimizer is None else Metric(optimizer, state, self._parameters)
+        self._elementwise = elementwise
         self._full = state.costs(torch.ones_like(state.pool, dtype=torch.bool))
         self._a, self._d = _alike(state.a), _alike(state.d)
         self._pool = None if len(state.k) == 1 else state.pool
@@ -106,41 +137,45 @@ class Proximal:
             self._state.groups.scale_(self._parameters, self._kept.to(self._state.d.dtype))
 
     def _shrink(self) -> None:
-        state = self._state
-        k = self.schedule.budgets(self.taken, state.k, self._full)
-        norms = state.groups.norms(self._parameters, out=self._norms)
+        norms = self._state.groups.norms(self._parameters, out=self._norms)
         if not norms.is_cpu:  # looking would stop the device: the factors are then ones
             self._skipped += ~norms.isfinite().all()
-        size = self._size(self.schedule.step_size(self.taken))
+        k = self.schedule.budgets(self.taken, self._state.k, self._full)
         try:
-            factors = envelope.scale(
-                norms, size, self._a, self._d, k, pool=self._pool, debiased=self._debiased, out=norms
-            )
+            self._prox_(norms, self.schedule.step_size(self.taken), k)
         except ValueError as error:
             if norms.isfinite().all():
                 raise
-            told = f"training diverged: weights not finite at step {self.taken}; lower the learning rate"
-            raise PlanError(told) from error
-        state.groups.scale_(self._parameters, factors)
+            raise self._diverged() from error
 
-    def _size(self, size: float) -> Tensor | float:
-        """Return the step size, per group where the optimizer has a diagonal metric."""
-        own = {member.tensor: self._parameters[member.tensor] for member in self._state.groups.members}
-        curvature = {} if self._optimizer is None else _curvature(self._optimizer, own)
-        if any(member.tensor not in curvature for member in self._state.groups.members):
-            return size
-        groups, pool = self._state.groups, self._state.pool
-        flat = (groups.sizes(self._parameters) / groups.sums(curvature).clamp_min(1e-30)).double()  # 1 / h_j
-        total = torch.zeros_like(self._full).index_add_(0, pool, flat)
-        count = torch.zeros_like(self._full).index_add_(0, pool, torch.ones_like(flat))
-        return (size * flat * (count / total)[pool]).clamp_max(0.5)
+    def _prox_(self, norms: Tensor, size: float, k: Tensor) -> None:
+        """Shrink the weights; `norms` are given up."""
+        state, metric = self._state, self._metric
+        if self._elementwise and metric is not None and (h := metric.of_weights()) is not None:
+            r = torch.where(metric.trains(), size * state.a, 0.0)
+            weights = Weights(state.groups, self._parameters, h, r, self._debiased)
+            weights.scale_(self._agreed(Problem(r, state.a, self._d, k, self._pool).usage(weights.sums)))
+            return
+        sizes = size if metric is None else metric.sizes(size)
+        factors = envelope.scale(norms, sizes, self._a, self._d, k, pool=self._pool, debiased=self._debiased, out=norms)
+        state.groups.scale_(self._parameters, self._agreed(factors))
+
+    def _agreed(self, per_group: Tensor) -> Tensor:
+        """Return the first replica's: sums on an accelerator may differ in the last bit, those on a CPU do not."""
+        return per_group if per_group.is_cpu else first_(per_group, self._replicas)
 
     def _freeze(self) -> None:
-        self._kept, self.changed_at_freeze = harden_pools_(self._state, self._parameters)
-        flush_(self._model)
         if self.skipped:
             log.warning("%d proximal steps were left out: weights were not finite", self.skipped)
+        norms = self._state.groups.norms(self._parameters)
+        if not norms.isfinite().all():
+            raise self._diverged()
+        self._kept = first_(self._state.select(norms).to(torch.uint8), self._replicas).bool()
+        self.changed_at_freeze = _keep_(self._state, self._model, norms, self._kept)
         log.info("support fixed at step %d, %d groups set to zero", self.taken, self.changed_at_freeze)
+
+    def _diverged(self) -> PlanError:
+        return PlanError(f"training diverged: weights not finite at step {self.taken}; lower the learning rate")
 
     def nonzero(self) -> int:
         """Return the number of groups that are not zero."""
@@ -162,17 +197,30 @@ def _alike(values: Tensor) -> Tensor | float:
     return float(values[0]) if len(values) and bool((values == values[0]).all()) else values
 
 
-def _curvature(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return √v̂ + ε of each parameter that an optimizer like Adam keeps v for."""
-    options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    found = {}
-    for name, parameter in parameters.items():
-        kept = optimizer.state.get(parameter, {})
-        if "exp_avg_sq" in kept and id(parameter) in options:
-            own = options[id(parameter)]
-            correction = 1 - own["betas"][1] ** torch.as_tensor(kept["step"], device=parameter.device)
-            found[name] = (kept["exp_avg_sq"] / correction).sqrt() + own["eps"]
-    return found
+def _keep_(state: Pools, model: nn.Module, norms: Tensor, kept: Tensor) -> int:
+    """Zero all other groups, and what follows from them; return how many of them had `norms` above zero."""
+    state.groups.scale_(dict(model.named_parameters()), kept.to(norms.dtype))
+    _still_(state, model, kept)
+    flush_(model)
+    changed = (norms > 0) & ~kept
+    counts = torch.bincount(state.share[state.pool[changed]], minlength=len(state.names)).tolist()
+    for name, count in zip(state.names, counts, strict=True):
+        if count:
+            log.info("%s: %d groups set to zero", name, count)
+    return int(changed.sum())
+
+
+def _still_(state: Pools, model: nn.Module, kept: Tensor) -> None:
+    """Zero the running statistics of normalisations in groups that left: they would fade into subnormal numbers."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parts = torch.split(kept.cpu(), [structure.count for structure in state.groups.structures])
+    for structure, part in zip(state.groups.structures, parts, strict=True):
+        padded = torch.cat([part, part.new_ones(1)])  # where the id is -1
+        for tensor, ids in structure.maps(shapes):
+            module = model.get_submodule(tensor.rpartition(".")[0])
+            for statistics in (module.running_mean, module.running_var) if isinstance(module, _NormBase) else ():
+                if statistics is not None and ids.shape == statistics.shape:
+                    statistics.masked_fill_(~padded[ids].to(statistics.device), 0.0)
 
 
 def attach(
@@ -180,20 +228,21 @@ def attach(
     model: nn.Module,
     optimizer: Optimizer,
     *,
-    steps: int = 1000,
-    total: float = 6.0,
+    steps: int | Schedule = 1000,
     graph: Graph | None = None,
+    elementwise: bool = False,
 ) -> Proximal:
     """Make every step of `optimizer` end with the plan's proximal step; the support is fixed after `steps` of them.
 
-    `model` may be wrapped by DistributedDataParallel or torch.compile. A sharded one cannot be traced: make its graph,
-    `graph = plan.graph(model)`, before `fully_shard(model)`, the optimizer after it, and give both here. In the convex
-    form, weight decay on penalised weights is taken out (they move to a parameter group of their own), and a warning
-    says so. Raises PlanError if the plan is for another model or the optimizer lacks the plan's parameters.
+    `steps` may be a Schedule, with another strength or with budgets that fall. `elementwise` takes Adam's metric weight
+    by weight instead of by its mean over a group; `Proximal` says what is exact. `model` may be wrapped by
+    DistributedDataParallel, whose processes must all attach, or by torch.compile. A sharded one cannot be traced: make
+    its graph, `graph = plan.graph(model)`, before `fully_shard(model)`, the optimizer after it, and give both here. In
+    the convex form, weight decay on penalised weights is taken out (they move to a parameter group of their own), and a
+    warning says so. Raises PlanError if the plan is for another model or the optimizer lacks the plan's parameters.
     """
-    if steps < 1:
-        raise PlanError(f"steps is {steps}; it must be at least 1")
-    model = unwrapped(model)
+    schedule = steps if isinstance(steps, Schedule) else Schedule(steps)
+    wrapped, model = model, unwrapped(model)
     if graph is not None and graph.fingerprint != plan.fingerprint:
         raise PlanError(f"the graph is of another model: {graph.fingerprint}, not {plan.fingerprint}; use plan.graph()")
     state = pools(plan, model, graph or plan.graph(whole(model)))
@@ -206,7 +255,8 @@ def attach(
         raise PlanError(f"the optimizer does not train {missing[0]}, which the plan cuts; give it model.parameters()")
     if not plan.debiased:
         _without_decay_(optimizer, [parameters[member.tensor] for member in state.groups.members])
-    proximal = Proximal(state, model, Schedule(steps, total), debiased=plan.debiased, optimizer=optimizer)
+    about = {"debiased": plan.debiased, "elementwise": elementwise}
+    proximal = Proximal(state, wrapped, schedule, optimizer=optimizer, **about)
     optimizer.register_step_post_hook(lambda *_: None if _skipped(optimizer) else proximal.step())
     return proximal
 

@@ -3,19 +3,22 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from planner.graph import Graph, Width, trace
+from planner.blocks import Block
+from planner.graph import Graph, trace
 from planner.groups import group
 from planner.importance import Importance, magnitude
 from planner.latency import Costs, LatencyTable, Rules
 from planner.operations import Choice
 from planner.program import Program
+from planner.scope import Scope
 from planner.spec import BlockPlan, InputSpec, Plan, Pool, Prediction, Proof, WidthPlan
-from planner.structures import Filter
+from planner.structures import Depth, Filter, of_width
+from planner.widths import Width
 from profiles import Profile
 from profiles.errors import PlanError
 
@@ -31,24 +34,50 @@ def plan(
     latency: float | str,
     table: LatencyTable | None = None,
     importance: Importance | None = None,
+    scope: Scope | None = None,
 ) -> Plan:
     """Return the plan for `model` that loses least within `latency`: a fraction of the dense one, "50 %" or "3 ms".
 
     Costs come from `table`, measured on the device, or else from the profile's documented rules, which know ratios
-    only. Importance is that of the weights' magnitude unless given (see planner.measured). Raises PlanError if the
+    only. Importance is that of the weights' magnitude unless given (see planner.measured). `scope` says which layers
+    may be cut; structures that the profile says do not pay are not, and the plan notes it. Raises PlanError if the
     budget is below what the model can reach.
     """
-    graph = trace(model, inputs)
-    if not graph.operations:
+    scope = scope or Scope()
+    traced = trace(model, inputs, lossy=scope.lossy)
+    if not traced.operations:
         raise PlanError("the model has no convolution or linear layer, so there is nothing to plan")
+    graph, notes = paying(scope.applied(traced, model), profile, scope)
     costs = _costs(graph, profile, table)
-    options = useful(graph, costs, candidates(graph, profile))
+    options = useful(graph, costs, candidates(graph, profile, scope))
     importance = importance or magnitude(model, graph, options)
     _check_covers(importance, graph, options)
     dense_s = costs.latency(graph, graph.dense)
     budget_s = budget(latency, dense_s, measured=table is not None)
     choice, proof = _solve(Program(graph, options, costs), importance, budget_s, dense_s)
-    return _Problem(graph, profile, costs, options, importance).written(choice, proof, budget_s / dense_s)
+    made = _Problem(graph, profile, costs, options, importance).written(choice, proof, budget_s / dense_s)
+    return made.model_copy(update={"lossy": scope.lossy, "notes": notes})
+
+
+def paying(graph: Graph, profile: Profile, scope: Scope) -> tuple[Graph, tuple[str, ...]]:
+    """Return the graph without the structures that do not pay on the device, unless forced, and what was left out.
+
+    Raises PlanError if nothing is left of what could be cut.
+    """
+    parts: list[Width | Block] = [*graph.cuttable, *(block for block in graph.blocks if not block.frozen)]
+    refused: dict[str, str] = {}
+    for part in parts:
+        kind = of_width(part).profile_kind if isinstance(part, Width) else Depth.profile_kind
+        known = profile.pays(kind)
+        if known is not None and known.pays == "no" and not scope.force:
+            refused[part.name] = f"cutting {kind} does not pay on {profile.id}"
+    if parts and len(refused) == len(parts):
+        raise PlanError(
+            f"{next(iter(refused.values()))}, and nothing else can be cut; Scope(force=True) plans it anyway"
+        )
+    widths = tuple(replace(w, frozen=w.frozen or refused.get(w.name)) for w in graph.widths)
+    blocks = tuple(replace(b, frozen=b.frozen or refused.get(b.name)) for b in graph.blocks)
+    return replace(graph, widths=widths, blocks=blocks), tuple(dict.fromkeys(refused.values()))
 
 
 def _costs(graph: Graph, profile: Profile, table: LatencyTable | None) -> Costs:
@@ -95,13 +124,19 @@ def budget(latency: float | str, dense_s: float, *, measured: bool) -> float:
     return value * _UNITS[unit]
 
 
-def candidates(graph: Graph, profile: Profile) -> dict[str, tuple[int, ...]]:
+def candidates(graph: Graph, profile: Profile, scope: Scope | None = None) -> dict[str, tuple[int, ...]]:
     """Return for each width inside blocks or between layers what the profile holds useful, the dense one last.
 
     That is the multiples of the profile's quantum, and one half of it, which padding may still reward. The stream of a
     residual network (a width tied over several layers) stays whole.
     """
-    return {w.name: _multiples(w.size, _quantum(graph, profile, w)) for w in graph.cuttable if not w.is_stream}
+    found = {}
+    for width in graph.cuttable:
+        if not width.is_stream:
+            least = min(width.size, scope.at_least(width) if scope else 1)
+            counts = _multiples(width.size, _quantum(graph, profile, width))
+            found[width.name] = tuple(count for count in counts if count >= least)
+    return found
 
 
 def _quantum(graph: Graph, profile: Profile, width: Width) -> int:
@@ -170,6 +205,8 @@ class _Problem:
                 dense=self.graph.width[name].size,
                 keep=choice.keep[name],
                 considered=tuple(counts),
+                structure=self.graph.width[name].structure,
+                lossless=self.graph.width[name].lossy is None,
                 cost_s=_marginal(self.graph, self.costs, name, choice.keep[name]),
             )
             for name, counts in self.options.items()
@@ -219,7 +256,7 @@ def _marginal(graph: Graph, costs: Costs, name: str, keep: int) -> float:
 def per_width_pools(widths: Sequence[WidthPlan], blocks: Sequence[BlockPlan]) -> tuple[Pool, ...]:
     """Return one pool per narrowed width (budget: channels kept) and one per removed block (budget: 0)."""
     narrowed = [
-        Pool(name=w.name, structure="filter", members=(w.name,), weights=(1.0,), costs=(1.0,), budget=w.keep)
+        Pool(name=w.name, structure=w.structure, members=(w.name,), weights=(1.0,), costs=(1.0,), budget=w.keep)
         for w in widths
         if 0 < w.keep < w.dense
     ]

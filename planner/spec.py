@@ -37,6 +37,8 @@ class WidthPlan(_Part):
     dense: Annotated[int, Field(gt=0)]
     keep: Count  # 0: the block around it leaves
     considered: tuple[int, ...]
+    structure: Literal["filter", "hidden", "head", "embedding"] = "filter"
+    lossless: bool = True  # removing channels whose weights are zero changes no output
     cost_s: Annotated[float, Field(ge=0)]  # what one channel costs on average: (latency dense - latency kept) / removed
 
     @model_validator(mode="after")
@@ -60,7 +62,7 @@ class Pool(_Part):
     """
 
     name: str
-    structure: Literal["filter", "depth"]
+    structure: Literal["filter", "hidden", "head", "embedding", "depth"]
     members: tuple[str, ...]  # widths or blocks
     weights: tuple[Positive, ...]  # a_j, the same for all groups of a member
     costs: tuple[Positive, ...]  # d_j, the same for all groups of a member
@@ -101,6 +103,7 @@ class Plan(_Part):
     blocks: tuple[BlockPlan, ...]
     pools: tuple[Pool, ...]
     debiased: bool = True
+    lossy: bool = False  # widths that a layer normalisation runs over were offered too
     importance: str
     predicted: Prediction
     proof: Proof
@@ -135,7 +138,7 @@ class Plan(_Part):
     def graph(self, model: nn.Module) -> Graph:
         """Trace `model`; raises PlanError if the plan was made for another one."""
         device = next(model.parameters()).device
-        graph = trace(model, tuple(x.to(device) for x in self.inputs_like()))
+        graph = trace(model, tuple(x.to(device) for x in self.inputs_like()), lossy=self.lossy)
         if graph.fingerprint != self.fingerprint:
             raise PlanError(
                 f"the plan was made for another model: its fingerprint is {self.fingerprint}, this model's is "

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from planner.blocks import Block as ResidualBlock
-from planner.graph import Width
+from planner.widths import Width
 from profiles.errors import PlanError
 
 
@@ -17,6 +18,8 @@ class Filter:
     """The channels of one width: filters, biases, and the normalisation's scale and shift, of all tied producers."""
 
     width: Width
+    profile_kind: ClassVar[str] = "filters"  # what device profiles call it
+    rebuilt_as: ClassVar[str] = "smaller tensors"
 
     @property
     def name(self) -> str:
@@ -37,10 +40,33 @@ class Filter:
 
 
 @dataclass(frozen=True)
+class Hidden(Filter):
+    """The hidden units of a feed-forward or recurrent layer, gates included."""
+
+    profile_kind: ClassVar[str] = "hidden"
+
+
+@dataclass(frozen=True)
+class Head(Filter):
+    """Attention heads: their query, key and value features; where queries share keys, whole query groups."""
+
+    profile_kind: ClassVar[str] = "heads"
+
+
+@dataclass(frozen=True)
+class Embedding(Filter):
+    """The features of the stream that the blocks of a transformer add to."""
+
+    profile_kind: ClassVar[str] = "hidden"
+
+
+@dataclass(frozen=True)
 class Depth:
     """One residual block: the scale and shift that end its body, so that zeros leave the bare shortcut."""
 
     block: ResidualBlock
+    profile_kind: ClassVar[str] = "depth"
+    rebuilt_as: ClassVar[str] = "the bare shortcut"
 
     @property
     def name(self) -> str:
@@ -64,6 +90,8 @@ class Block:
 
     width: Width
     quantum: int
+    profile_kind: ClassVar[str] = "block"
+    rebuilt_as: ClassVar[str] = "smaller tensors"
 
     @property
     def name(self) -> str:
@@ -87,6 +115,8 @@ class Channel:
 
     tensor: str
     size: int
+    profile_kind: ClassVar[str] = "in_channels"
+    rebuilt_as: ClassVar[str] = "smaller tensors"
 
     @property
     def name(self) -> str:
@@ -109,6 +139,8 @@ class FilterShape:
 
     tensor: str
     shape: tuple[int, ...]  # input channels and kernel: the weight's shape without its first dimension
+    profile_kind: ClassVar[str] = "kernel_shape"
+    rebuilt_as: ClassVar[str] = "a cropped kernel, or a gather and a 1x1 convolution"
 
     @property
     def name(self) -> str:
@@ -126,12 +158,14 @@ class FilterShape:
 
 
 @dataclass(frozen=True)
-class Head:
-    """Attention heads: runs of `size` outputs of the projections whose zeros silence a head, and their biases."""
+class Rows:
+    """Runs of `size` rows of named tensors: filters or heads without the graph that says what is tied to them."""
 
     tensors: tuple[str, ...]  # e.g. the weights and biases of query, key and value
     count: int
     size: int
+    profile_kind: ClassVar[str] = "filters"
+    rebuilt_as: ClassVar[str] = "zeros in place"
 
     @property
     def name(self) -> str:
@@ -152,6 +186,8 @@ class Weight:
 
     tensor: str
     count: int
+    profile_kind: ClassVar[str] = "unstructured"
+    rebuilt_as: ClassVar[str] = "zeros in place, for runtimes with sparse kernels"
 
     @property
     def name(self) -> str:
@@ -171,6 +207,8 @@ class NM:
     count: int
     n: int
     m: int
+    profile_kind: ClassVar[str] = "nm_sparsity"
+    rebuilt_as: ClassVar[str] = "zeros in place, for runtimes with sparse kernels"
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m or self.count % self.m:
@@ -195,5 +233,12 @@ class NM:
         yield self.tensor, order.movedim(-1, 1)
 
 
-Structure = Filter | Block | Channel | FilterShape | Head | Depth | NM | Weight
-"""The closed set of structures."""
+Structure = Filter | Block | Channel | FilterShape | Depth | Rows | NM | Weight
+"""The closed set of structures; Hidden, Head and Embedding are filters of other layers."""
+
+OF_WIDTH: dict[str, type[Filter]] = {"filter": Filter, "hidden": Hidden, "head": Head, "embedding": Embedding}
+
+
+def of_width(width: Width) -> Filter:
+    """Return the structure whose groups are the channels of a width."""
+    return OF_WIDTH[width.structure](width)

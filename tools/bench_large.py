@@ -22,10 +22,10 @@ from rich.table import Table
 from torch import nn
 
 from planner.axes import Slice
-from planner.graph import Width
 from planner.pools import Share, pooled
 from planner.prox import Proximal, Schedule
 from planner.structures import Filter
+from planner.widths import Width
 
 INPUTS = FILTERS = 4096  # of a layer; the last may have fewer filters
 SMALL = 10**7

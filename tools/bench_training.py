@@ -1,38 +1,44 @@
 """Compare ways to reach one plan, at equal epochs: WGSEF in both forms, group lasso, one cut, and random channels.
 
     python tools/bench_training.py [--seeds 5] [--epochs 8] [--json]
+    python tools/bench_training.py --data FOLDER --weights resnet20.safetensors --keep 0.5 --epochs 6 --lr 0.04
 
-Handwritten digits, a small residual network, a quarter of every inner width (uniform, so that only training differs).
-All methods start from the same dense weights of a seed, and end on the same budget: the support is fixed half way, and
-what is left trains on. Printed are the mean and the standard deviation over seeds of the accuracy on test images of the
-rebuilt model, of the accuracy right after the support is fixed, and the share of runs whose support met the budget
-by itself, before it was made exact.
+Handwritten digits and a small residual network that is trained here first, or CIFAR-10 in its binary layout and
+ResNet-20 with published weights; the same share of every inner width is kept, so that only training differs. All
+methods start from the same dense weights of a seed, and end on the same budget: the support is fixed half way, and what
+is left trains on. Printed are the mean and the standard deviation over seeds of the accuracy on test images of the
+rebuilt model and of the accuracy right after the support is fixed, and how many groups had to be cut to fix it.
+
+With `--log` every run is added to a file as it ends, and runs that the file holds already are not run again.
 """
 
 import copy
 import json
+import os
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 import planner
 from backends import rebuild
+from backends.weights import load_into_, read
 from planner import Plan, Recipe, envelope
 from planner.pools import Pools, pools
 from planner.prox import Schedule
 from planner.search import per_width_pools
 from planner.spec import BlockPlan, InputSpec, Prediction, Proof, WidthPlan
+from profiles.errors import EspalierError
 from tools.batches import Data
-from tools.examples import digits
+from tools.examples import cifar10, digits
 from tools.examples.resnet import ResNet
 
 Shrink = Callable[[Tensor, float, Pools], Tensor]  # norms (m,), step size, pools -> factors (m,)
@@ -67,15 +73,26 @@ class Method:
     shrink: Shrink
     cut_at: float = 0.5  # of all steps
     random: bool = False
+    decays: bool = True  # weight decay on penalised weights; the convex envelope shrinks them already
 
 
 METHODS = (
     Method("WGSEF de-biased", debiased),
-    Method("WGSEF convex", convex),
+    Method("WGSEF convex", convex, decays=False),
     Method("group lasso, then cut", lasso),
     Method("top-k cut at the start", untouched, cut_at=0.0),
     Method("random cut at the start", untouched, cut_at=0.0, random=True),
 )
+
+
+@dataclass(frozen=True)
+class Start:
+    """What all methods of a seed share."""
+
+    dense: nn.Module
+    plan: Plan
+    data: Data
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -87,16 +104,17 @@ class Result:
     dense: float
     at_cut: float
     rebuilt: float
-    met_budget: bool  # before the support was made exact
+    cut_groups: int  # that were not zero when the support was fixed
+    kept_groups: int
 
 
-def quarter(model: nn.Module, inputs: tuple[Tensor, ...]) -> Plan:
-    """Return the plan that keeps a quarter of every width inside blocks."""
+def uniform(model: nn.Module, inputs: tuple[Tensor, ...], *, keep: float) -> Plan:
+    """Return the plan that keeps this share of every width inside blocks."""
     graph = planner.trace(model, inputs)
+    sizes = {w.name: (w.size, max(1, round(w.size * keep))) for w in graph.cuttable if not w.is_stream}
     widths = tuple(
-        WidthPlan(name=w.name, dense=w.size, keep=w.size // 4, considered=(w.size // 4, w.size), cost_s=0.0)
-        for w in graph.cuttable
-        if not w.is_stream
+        WidthPlan(name=name, dense=size, keep=kept, considered=(kept, size), cost_s=0.0)
+        for name, (size, kept) in sizes.items()
     )
     blocks = tuple(BlockPlan(name=b.name, removed=False) for b in graph.blocks)
     choice = graph.choice({w.name: w.keep for w in widths})
@@ -118,18 +136,22 @@ def quarter(model: nn.Module, inputs: tuple[Tensor, ...]) -> Plan:
     )
 
 
-def trained(method: Method, dense: nn.Module, plan: Plan, data: Data, recipe: Recipe, seed: int) -> Result:
-    """Train a copy of `dense` by `method` and rebuild it."""
-    model = copy.deepcopy(dense)
+def quarter(model: nn.Module, inputs: tuple[Tensor, ...]) -> Plan:
+    """Return the plan that keeps a quarter of every width inside blocks."""
+    return uniform(model, inputs, keep=0.25)
+
+
+def trained(method: Method, start: Start, recipe: Recipe) -> Result:
+    """Train a copy of the dense model by `method` and rebuild it."""
+    plan, data, model = start.plan, start.data, copy.deepcopy(start.dense)
     state = pools(plan, model, plan.graph(model))
     parameters = dict(model.named_parameters())
-    steps = recipe.epochs * len(data.train)
-    shrinking = max(1, round(steps * method.cut_at))
+    shrinking = max(1, round(recipe.epochs * len(data.train) * method.cut_at))
     schedule, kept = Schedule(shrinking), torch.ones_like(state.pool, dtype=torch.bool)
-    at_cut, met, taken = 0.0, False, 0
+    at_cut, cut, taken = 0.0, 0, 0
 
     def after_step(*_: object) -> None:
-        nonlocal taken, kept, at_cut, met
+        nonlocal taken, kept, at_cut, cut
         taken += 1
         with torch.no_grad():
             norms = state.groups.norms(parameters)
@@ -137,22 +159,33 @@ def trained(method: Method, dense: nn.Module, plan: Plan, data: Data, recipe: Re
                 state.groups.scale_(parameters, method.shrink(norms, schedule.step_size(taken), state))
                 return
             if taken == shrinking:
-                met = bool((state.costs(norms > 0) <= state.k).all())
-                generator = torch.Generator().manual_seed(seed)
+                generator = torch.Generator().manual_seed(start.seed)
                 kept = state.select(torch.rand(len(norms), generator=generator) if method.random else norms)
+                cut = int(((norms > 0) & ~kept).sum())
             state.groups.scale_(parameters, kept.to(norms.dtype))
         if taken == shrinking:
             at_cut = planner.accuracy(model, data.test)
 
-    loop(model, data, recipe, after_step)
-    rebuilt = planner.accuracy(rebuild(plan, model), data.test)
-    return Result(method.name, seed, planner.accuracy(dense, data.test), at_cut, rebuilt, met)
+    spared = {member.tensor for member in state.groups.members if not method.decays}
+    loop(model, data, recipe, after_step, spared=spared)
+    accuracies = [planner.accuracy(each, data.test) for each in (start.dense, rebuild(plan, model))]
+    return Result(method.name, start.seed, accuracies[0], at_cut, accuracies[1], cut, int(kept.sum()))
 
 
-def loop(model: nn.Module, data: Data, recipe: Recipe, after_step: Callable[..., None] | None) -> None:
-    """Train as planner.fit does, with another step after the optimizer's."""
+def loop(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    after_step: Callable[..., None] | None,
+    *,
+    spared: Set[str] = frozenset(),
+) -> None:
+    """Train as planner.fit does, with another step after the optimizer's, and no weight decay on `spared`."""
+    named = dict(model.named_parameters())
+    decayed = [{"params": [p for n, p in named.items() if n not in spared]}]
+    plain = [{"params": [named[n] for n in sorted(spared)], "weight_decay": 0.0}] if spared else []
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, nesterov=True
+        decayed + plain, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, nesterov=True
     )
     if after_step is not None:
         optimizer.register_step_post_hook(after_step)
@@ -161,41 +194,111 @@ def loop(model: nn.Module, data: Data, recipe: Recipe, after_step: Callable[...,
         data.train.set_epoch(epoch)
         for index, (x, y) in enumerate(data.train):
             model.train()
-            optimizer.param_groups[0]["lr"] = recipe.rate(epoch * len(data.train) + index, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(epoch * len(data.train) + index, steps)
             optimizer.zero_grad(set_to_none=True)
-            nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+                value = nn.functional.cross_entropy(model(x), y)
+            value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What runs of one table have in common; with it they are told from others in a log."""
+
+    data: str
+    weights: str
+    keep: float
+    dense_epochs: int
+    recipe: Recipe
+
+    def start(self, seed: int, folder: Path | None, weights: Path | None) -> Start:
+        """Return the dense model of a seed: with published weights, or trained here."""
+        if folder is not None:
+            os.environ[cifar10.FOLDER] = str(folder)
+        data = digits.data() if folder is None else cifar10.data()
+        data.train.seed = seed
+        model = ResNet(1, (32, 64, 96), channels=1, seed=seed) if folder is None else cifar10.resnet20()
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
+        if weights is None:
+            loop(model, data, Recipe(self.dense_epochs, bfloat16=self.recipe.bfloat16), None)
+        else:
+            load_into_(model, read(weights), weights)
+        shape = (1, *next(iter(data.test))[0].shape[1:])
+        inputs = (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)
+        return Start(model, uniform(model, inputs, keep=self.keep), data, seed)
+
+
+def logged(path: Path | None, setting: Setting) -> list[Result]:
+    """Return the runs of this setting in a log, which need not exist; raises EspalierError if it is no such file."""
+    if path is None or not path.exists():
+        return []
+    results = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            result = Result(**entry["result"])
+            if entry["setting"] == asdict(setting):
+                results.append(result)
+        except (ValueError, KeyError, TypeError) as error:
+            raise EspalierError(
+                f"{path}:{number} is not a run of this benchmark ({error!r}); remove the line"
+            ) from error
+    return results
+
+
+def log_(path: Path | None, setting: Setting, result: Result) -> None:
+    """Add a run to the log."""
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps({"setting": asdict(setting), "result": asdict(result)}) + "\n")
 
 
 def main(
     seeds: Annotated[int, typer.Option(min=1)] = 5,
     epochs: Annotated[int, typer.Option(min=2, help="of every method, after the dense ones")] = 8,
-    dense_epochs: Annotated[int, typer.Option(min=1)] = 6,
+    dense_epochs: Annotated[int, typer.Option(min=1, help="without --weights")] = 6,
+    lr: Annotated[float, typer.Option(min=0)] = 0.02,
+    keep: Annotated[float, typer.Option(min=0, max=1, help="share of every inner width")] = 0.25,
+    data: Annotated[Path | None, typer.Option(help="folder of CIFAR-10, else the digits")] = None,
+    weights: Annotated[Path | None, typer.Option(help="safetensors to start from")] = None,
+    bfloat16: Annotated[bool, typer.Option(help="autocast the forward pass")] = False,
+    log: Annotated[Path | None, typer.Option(help="JSON lines, one per run; runs in it are kept")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Run every method on every seed and print the table."""
-    results: list[Result] = []
-    inputs = (torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)),)
-    for seed in track(range(seeds), "seeds", console=Console(stderr=True)):
-        data = digits.data()
-        data.train.seed = seed
-        dense = ResNet(1, (32, 64, 96), channels=1, seed=seed).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        loop(dense, data, Recipe(dense_epochs), None)
-        plan = quarter(dense, inputs)
-        results += [trained(method, dense, plan, data, Recipe(epochs, lr=0.02), seed) for method in METHODS]
+    about = ("digits" if data is None else "CIFAR-10", "trained here" if weights is None else weights.name)
+    setting = Setting(*about, keep, dense_epochs if weights is None else 0, Recipe(epochs, lr=lr, bfloat16=bfloat16))
+    results = [result for result in logged(log, setting) if result.seed < seeds]
+    console = Console(stderr=True)
+    for seed in range(seeds):
+        missing = [m for m in METHODS if (m.name, seed) not in {(r.method, r.seed) for r in results}]
+        start = setting.start(seed, data, weights) if missing else None
+        for method in missing:
+            assert start is not None
+            results.append(trained(method, start, setting.recipe))
+            log_(log, setting, results[-1])
+            console.print(f"seed {seed}, {method.name}: {100 * results[-1].rebuilt:.2f} %")
     if as_json:
-        sys.stdout.write(json.dumps([vars(result) for result in results], indent=1) + "\n")
-        return
-    table = Table("method", "rebuilt %", "right after the cut %", "budget met by itself", box=None)
-    table.add_row("dense", _spread([r.dense for r in results if r.method == METHODS[0].name]), "", "")
+        sys.stdout.write(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    else:
+        Console(width=100).print(table(results))
+
+
+def table(results: Sequence[Result]) -> Table:
+    """Return the table of all methods."""
+    rows = Table("method", "rebuilt %", "right after the cut %", "groups cut", "kept", box=None)
+    rows.add_row("dense", _spread([r.dense for r in results if r.method == METHODS[0].name]), "", "", "")
     for method in METHODS:
         own = [r for r in results if r.method == method.name]
-        met = f"{sum(r.met_budget for r in own)} of {len(own)}"
-        table.add_row(method.name, _spread([r.rebuilt for r in own]), _spread([r.at_cut for r in own]), met)
-    Console(width=100).print(table)
+        cut = f"{statistics.mean(r.cut_groups for r in own):.1f}"
+        kept = " ".join(sorted({str(r.kept_groups) for r in own}))
+        rows.add_row(method.name, _spread([r.rebuilt for r in own]), _spread([r.at_cut for r in own]), cut, kept)
+    return rows
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: Sequence[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{100 * statistics.mean(values):.2f} ± {100 * deviation:.2f}"
 

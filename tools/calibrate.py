@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from backends import Candidate, compare, load, ratio
 from backends.contract import Runtime
 from backends.rebuild import cut
-from planner.graph import Graph, Width, trace
+from planner.graph import Graph, trace
 from planner.latency import LatencyTable, Probe, fit, keys
 from planner.operations import Choice
 from planner.search import candidates
+from planner.widths import Width
 from profiles import Machine, Profile, atomic
 
 Options = Mapping[str, Sequence[int]]

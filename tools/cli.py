@@ -15,15 +15,17 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 import planner
-import profiles
-from planner import LatencyTable, Plan, Recipe
+from planner import LatencyTable, Plan, Recipe, Scope
+from profiles import atomic
 from profiles.errors import BuildError, EspalierError
+from tools import profiles_cli
+from tools.scoping import scoped
 
 app = typer.Typer(
     name="espalier", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
 )
-profiles_app = typer.Typer(help="List and show device profiles.", no_args_is_help=True)
-app.add_typer(profiles_app, name="profiles")
+app.add_typer(profiles_cli.app, name="profiles")
+app.command()(profiles_cli.detect)
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 out_console, console = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
 
@@ -63,58 +65,6 @@ def _print(as_json: bool, content: Any, table: Table | str | None = None) -> Non
         sys.stdout.write(json.dumps(content, indent=1, default=str) + "\n")
     elif table is not None:
         out_console.print(table, highlight=False)
-
-
-@profiles_app.command("list")
-def profiles_list(as_json: AsJson = False) -> None:
-    """List all profiles."""
-    found = [profiles.load(name) for name in profiles.names()]
-    table = Table("profile", "device", "runtime", "dtype", "filters in steps of", box=None)
-    rows = []
-    for p in found:
-        step = max(p.quantum("conv2d", "out_channels"), p.quantum("linear", "out_channels"))
-        table.add_row(p.id, f"{p.device.vendor} {p.device.arch}", p.runtime.name, p.dtype.weights, str(step))
-        rows.append({"id": p.id, "runtime": p.runtime.name, "dtype": p.dtype.weights, "quantum": step})
-    _print(as_json, rows, table)
-
-
-@profiles_app.command("show")
-def profiles_show(name: str, as_json: AsJson = False) -> None:
-    """Show one profile with its sources."""
-    profile = profiles.load(name)
-    if as_json:
-        _print(True, profile.model_dump(mode="json", by_alias=True))
-        return
-    sources = {source.id: source for source in profile.source}
-    table = Table("operation", "axis", "step", "how", "confidence", "source", title=profile.id, box=None)
-    for rule in profile.granularity:
-        cited = "; ".join(str(sources[s].url or f"{sources[s].repo} {sources[s].path}") for s in rule.sources)
-        table.add_row(rule.op, rule.axis, str(rule.quantum), rule.mode, rule.confidence, cited)
-    pays = Table("structure", "pays", "only if", "confidence", box=None)
-    for structure in profile.structure:
-        words = f"{structure.kind} {structure.pattern or ''}".strip()
-        pays.add_row(words, structure.pays, "; ".join(structure.requires), structure.confidence)
-    out_console.print(table, pays, highlight=False)
-
-
-@app.command()
-def detect(
-    why_not: Annotated[
-        str | None, typer.Option("--why-not", metavar="ID", help="explain why a profile does not fit")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say which profiles fit this machine, best first."""
-    if why_not is not None:
-        _print(as_json, {"profile": why_not, "why_not": profiles.why_not(why_not)}, profiles.why_not(why_not))
-        return
-    found = profiles.detect()
-    table = Table("profile", "why", box=None)
-    for profile in found:
-        table.add_row(profile.id, profiles.why(profile))
-    _print(as_json, [{"id": p.id, "why": profiles.why(p)} for p in found], table)
-    if not found:
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -172,7 +122,9 @@ def groups(
 
 
 @app.command()
+@scoped
 def plan(
+    scope: Scope,
     model: Model,
     latency: Latency = "0.5",
     out: Annotated[Path, typer.Option("--out", help="where to write the plan")] = Path("plan.json"),
@@ -198,13 +150,10 @@ def plan(
     device, costs = chosen(profile), LatencyTable.load(table) if table else None
     importance = None
     if source:
-        brief, graph, stage = (
-            Brief(net, example, device, latency, source.train),
-            planner.trace(net, example),
-            Stage(console),
-        )
+        brief, stage = Brief(net, example, device, latency, source.train, scope), Stage(console)
+        graph = brief.graph()
         importance = contest(brief, graph, costs, sensitivity(brief, graph, stage), stage)
-    made = planner.plan(net, example, device, latency=latency, table=costs, importance=importance)
+    made = planner.plan(net, example, device, latency=latency, table=costs, importance=importance, scope=scope)
     if global_budget:
         made = planner.with_global_budget(made, net)
     made.save(out)
@@ -301,7 +250,7 @@ def measure(
         found = measured(artifacts, model=model, plan=plan, seconds=seconds, progress=phase.show)
     content = [m.model_dump(mode="json") for m in found]
     if out is not None:
-        profiles.atomic.write_text(out, json.dumps(content, indent=1) + "\n")
+        atomic.write_text(out, json.dumps(content, indent=1) + "\n")
     _print(as_json, content, measurement_table(found))
 
 
@@ -320,7 +269,7 @@ def report(
     latencies = measurements.parent / "table.json"
     page = out or measurements.parent / "report.html"
     table = LatencyTable.load(latencies) if latencies.exists() else None
-    profiles.atomic.write_text(page, reporting.render(outcome, table=table))
+    atomic.write_text(page, reporting.render(outcome, table=table))
     if markdown and not as_json:
         sys.stdout.write(reporting.markdown(outcome) + "\n")
     else:
@@ -328,7 +277,9 @@ def report(
 
 
 @app.command()
+@scoped
 def run(
+    scope: Scope,
     model: Model,
     data: DataFactory,
     out: Annotated[Path, typer.Option("--out", help="folder of the results")],
@@ -348,7 +299,7 @@ def run(
 
     recipe = Recipe(epochs, lr=lr, bfloat16=bfloat16)
     dense = Recipe(dense_epochs, bfloat16=bfloat16) if dense_epochs else None
-    _execute(Job(model, data, profile, latency, recipe, out, weights, dense, max_drop), fresh, as_json)
+    _execute(Job(model, data, profile, latency, recipe, out, weights, dense, max_drop, scope=scope), fresh, as_json)
 
 
 @app.command()

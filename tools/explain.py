@@ -12,7 +12,15 @@ from profiles.errors import PlanError
 def listed(graph: Graph) -> list[dict[str, Any]]:
     """Return one row per width and per block."""
     widths = [
-        {"name": w.name, "kind": "width", "size": w.size, "tied": w.makers[1:], "block": w.block, "frozen": w.frozen}
+        {
+            "name": w.name,
+            "kind": w.structure,
+            "size": w.size,
+            "tied": w.makers[1:],
+            "block": w.block,
+            "frozen": w.frozen,
+            "lossless": w.lossy is None,
+        }
         for w in graph.widths
     ]
     blocks = [
@@ -26,7 +34,10 @@ def explained(graph: Graph, name: str) -> dict[str, Any]:
     """Return what is tied to the width or block `name`, and why it cannot be cut if so, as data and as lines."""
     told: list[str] = []
     if width := graph.width.get(name):
-        told.append(f"width {name}: {width.size} channels made by {', '.join(width.makers)}")
+        told.append(f"{width.structure} {name}: {width.size} groups made by {', '.join(width.makers)}")
+        told += [f"  tied by {where}" for where in width.ties]
+        if width.lossy:
+            told.append(f"  cutting it changes the output: {width.lossy}")
         told.append(
             f"it cannot be cut: {width.frozen}" if width.frozen else "zeroing a channel means zeroing its slice of"
         )

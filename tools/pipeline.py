@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,9 @@ import planner
 import profiles
 from backends.equivalence import Proof
 from backends.rebuild import rebuild
+from backends.registry import known
 from backends.weights import save
-from planner import LatencyTable, Moment, Plan, Recipe
+from planner import LatencyTable, Moment, Plan, Recipe, Scope
 from profiles import Profile, atomic
 from profiles.errors import BuildError, EspalierError, ProfileError
 from tools import report
@@ -44,6 +45,7 @@ class Job:
     dense: Recipe | None = None  # train the dense model first
     max_drop: float = 0.01  # of accuracy
     seconds: float = 1.0  # of measurement per model and runtime
+    scope: Scope = field(default_factory=Scope)
 
     @property
     def identity(self) -> str:
@@ -121,9 +123,9 @@ class Run:
         path = self.job.out / "plan.json"
         if path.exists():
             return Plan.load(path), table
-        brief = Brief(self.dense, self.inputs, self.profile, self.job.latency, self.data.train)
-        importance = sensitivity(brief, self.bench.graph, self.stage)
-        importance = contest(brief, self.bench.graph, table, importance, self.stage)
+        brief = Brief(self.dense, self.inputs, self.profile, self.job.latency, self.data.train, self.job.scope)
+        graph = brief.graph()
+        importance = contest(brief, graph, table, sensitivity(brief, graph, self.stage), self.stage)
         plan, table = settled(brief, self.bench, table, importance, self.stage)
         table.save(self.job.out / "table.json")
         plan.save(path)
@@ -131,13 +133,14 @@ class Run:
 
 
 def chosen(profile: str | None) -> Profile:
-    """Return the named profile, or the best for this machine; raises ProfileError if none fits."""
+    """Return the named profile, or the best for this machine's processor; raises ProfileError if none fits."""
     if profile is not None:
         return profiles.load(profile)
-    found = profiles.detect()
-    if not found:
+    fits = (own for own in profiles.detect() if own.runtime.name in known())
+    found = next((own for own in fits if own.device.kind == "cpu" and own.dtype.weights == "fp32"), None)
+    if found is None:
         raise ProfileError("no profile fits this machine; `espalier detect` says why, --profile names one anyway")
-    return found[0]
+    return found
 
 
 def begin(job: Job) -> None:

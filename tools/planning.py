@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import planner
-from planner import Graph, Importance, LatencyTable, Plan
+from planner import Graph, Importance, LatencyTable, Plan, Scope
 from planner.importance import Batch, questions
-from planner.search import candidates
+from planner.search import candidates, paying
 from planner.train import Batches
 from profiles import Profile, atomic
 from tools.calibrate import Bench, refined
@@ -77,6 +77,12 @@ class Brief:
     profile: Profile
     latency: str
     train: Batches
+    scope: Scope = field(default_factory=Scope)
+
+    def graph(self) -> Graph:
+        """Trace the model, and keep whole what the scope leaves out and what does not pay."""
+        graph = planner.trace(self.model, self.inputs, lossy=self.scope.lossy)
+        return paying(self.scope.applied(graph, self.model), self.profile, self.scope)[0]
 
     @property
     def batches(self) -> list[Batch]:
@@ -91,7 +97,9 @@ class Brief:
 
 def sensitivity(brief: Brief, graph: Graph, stage: Stage) -> Importance:
     """Measure what each candidate costs in loss; an interrupted measurement goes on where it was."""
-    options = candidates(graph, brief.profile)  # all: a refined table may find others useful than this one does
+    options = candidates(
+        graph, brief.profile, brief.scope
+    )  # all: a refined table may find others useful than this one does
     batches, total = brief.batches, questions(graph, options)
     path = user_cache_path("espalier") / "sensitivity" / f"{_identity(brief.model, graph, batches)}.json"
     with stage.phase("measure sensitivity") as phase, fastest(brief.model, batches[0][0]):
@@ -134,7 +142,13 @@ def contest(brief: Brief, graph: Graph, table: LatencyTable | None, importance: 
 def made(brief: Brief, table: LatencyTable | None, importance: Importance) -> Plan:
     """Return the plan of a brief."""
     return planner.plan(
-        brief.model, brief.inputs, brief.profile, latency=brief.latency, table=table, importance=importance
+        brief.model,
+        brief.inputs,
+        brief.profile,
+        latency=brief.latency,
+        table=table,
+        importance=importance,
+        scope=brief.scope,
     )
 
 

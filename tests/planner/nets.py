@@ -294,56 +294,64 @@ CUTTABLE: dict[str, Callable[[], nn.Module]] = {
         lambda net, x: net.more(x), more=nn.BatchNorm2d(8, track_running_stats=False)
     ),
     "padded pixels": lambda: joined(lambda _, x: F.pad(F.pad(x, (1, 0, 2, 1)), (1, 1, 1, 1), mode="reflect")),
+    "sigmoid gate": lambda: squeezed(nn.Sigmoid()),
+    "hardsigmoid gate": lambda: squeezed(nn.Hardsigmoid()),
+    "channel shuffle": lambda: joined(lambda _, x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)),
+    "chunk and cat": lambda: joined(lambda _, x: torch.cat(x.chunk(2, 1)[::-1], 1)),
+    "part of the channels": lambda: joined(lambda _, x: x[:, 2:6], 4),
+    "channels padded": lambda: joined(lambda _, x: F.pad(x, (0, 0, 0, 0, 1, 1)), 10),
+    "pixels padded with ones": lambda: joined(lambda _, x: F.pad(x, (1, 1, 1, 1), value=1.0)),
+    "a constant added": lambda: joined(lambda _, x: x + 1),
+    "a tensor added": lambda: joined(lambda _, x: x + torch.ones(8, 8, 8)),
+    "softplus": lambda: joined(lambda _, x: F.softplus(x)),
+    "clamped above zero": lambda: joined(lambda _, x: x.clamp(min=0.1)),
+    "largest pixel": lambda: joined(lambda _, x: F.adaptive_max_pool2d(x, 4)),
+    "grouped": lambda: joined(lambda net, x: net.more(x), more=conv(8, 8, groups=2)),
+    "group norm": lambda: joined(lambda net, x: net.more(x), more=nn.GroupNorm(2, 8)),
+    "bare normalisation": lambda: joined(lambda net, x: net.more(x), more=nn.BatchNorm2d(8, affine=False)),
+    "weight used whole": weight_in_the_output,
+    "some channels tied": lambda: joined(
+        lambda net, x: net.more(x) + torch.cat([x, net.rest(x)], 1), 12, more=conv(8, 12), rest=conv(8, 4)
+    ),
+    "size written down": HardView,
 }
 """Nets of which at least one width can be cut."""
 
 REFUSING: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "sigmoid gate": (lambda: squeezed(nn.Sigmoid()), "mul"),
-    "hardsigmoid gate": (lambda: squeezed(nn.Hardsigmoid()), "mul"),
-    "channel shuffle": (lambda: joined(lambda _, x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)), "unflatten"),
-    "chunk and cat": (lambda: joined(lambda _, x: torch.cat(x.chunk(2, 1)[::-1], 1)), "chunk"),
-    "part of the channels": (lambda: joined(lambda _, x: x[:, 2:6], 4), "slice"),
-    "written in part": (lambda: joined(_written_in_part, more=conv(8, 8)), "slice"),
-    "one channel": (lambda: joined(lambda _, x: x[:, :1] + x[:, 1:2], 1), "slice"),
-    "channels cropped by padding": (lambda: joined(lambda _, x: F.pad(x, (0, 0, 0, 0, -1, 1))), "pad"),
-    "channels padded": (lambda: joined(lambda _, x: F.pad(x, (0, 0, 0, 0, 1, 1)), 10), "pad"),
-    "pixels padded with ones": (lambda: joined(lambda _, x: F.pad(x, (1, 1, 1, 1), value=1.0)), "pad"),
-    "a constant added": (lambda: joined(lambda _, x: x + 1), "add"),
-    "a tensor added": (lambda: joined(lambda _, x: x + torch.ones(8, 8, 8)), "add"),
-    "softplus": (lambda: joined(lambda _, x: F.softplus(x)), "softplus"),
-    "clamped above zero": (lambda: joined(lambda _, x: x.clamp(min=0.1)), "clamp"),
-    "clamped by a tensor": (lambda: joined(lambda _, x: x.clamp(torch.zeros(()))), "clamp"),
-    "largest pixel": (lambda: joined(lambda _, x: F.adaptive_max_pool2d(x, 4)), "adaptive_max_pool2d"),
-    "grouped": (lambda: joined(lambda net, x: net.more(x), more=conv(8, 8, groups=2)), "conv2d"),
-    "group norm": (lambda: joined(lambda net, x: net.more(x), more=nn.GroupNorm(2, 8)), "group_norm"),
-    "bare normalisation": (
-        lambda: joined(lambda net, x: net.more(x), more=nn.BatchNorm2d(8, affine=False)),
-        "normalisation without scale and shift",
-    ),
+    "written in part": (lambda: joined(_written_in_part, more=conv(8, 8)), "overwritten by copy_"),
+    "one channel": (lambda: joined(lambda _, x: x[:, :1] + x[:, 1:2], 1), "taken alone by slice"),
+    "one channel of many": (lambda: joined(lambda _, x: x * x.select(1, 3).unsqueeze(1)), "taken alone by select"),
+    "channels cropped by padding": (lambda: joined(lambda _, x: F.pad(x, (0, 0, 0, 0, -1, 1))), "padded by pad"),
+    "clamped by a tensor": (lambda: joined(lambda _, x: x.clamp(torch.zeros(()))), "reaches clamp"),
+    "sorted": (lambda: joined(lambda _, x: x.sort(1).values), "reaches sort"),
+    "softmax over channels": (lambda: joined(lambda _, x: x.softmax(1)), "mixed along the axis by softmax"),
+    "largest channel": (lambda: joined(lambda _, x: x.amax(1, keepdim=True), 1), "reduced over by amax"),
+    "gathered": (lambda: joined(lambda _, x: x[:, torch.tensor([3, 1, 2])], 3), "indexed by index"),
     "mixer": (
         lambda: joined(lambda net, x: net.mix(x.flatten(2)).unflatten(2, (8, 8)), mix=nn.Linear(64, 64)),
-        "linear",
+        "axis mixed by conv2d",
     ),
     "normalised pixels": (
         lambda: joined(lambda net, x: net.rows(x.permute(0, 2, 1, 3)).permute(0, 2, 1, 3), rows=nn.BatchNorm2d(8)),
-        "batch_norm",
+        "axis mixed by batch_norm",
     ),
     "convolved across": (
         lambda: joined(lambda net, x: net.across(x.transpose(1, 2)).transpose(1, 2), across=conv(8, 8)),
-        "conv2d",
+        "axis mixed by conv2d",
     ),
     "pooled across": (
         lambda: joined(lambda _, x: F.avg_pool2d(x.permute(0, 2, 1, 3), (1, 1)).permute(0, 2, 1, 3)),
-        "avg_pool2d",
+        "axis mixed by avg_pool2d",
     ),
-    "weight used whole": (weight_in_the_output, "layers.0.weight is also used by mean"),
-    "only some channels tied": (
-        lambda: joined(
-            lambda net, x: net.more(x) + torch.cat([x, net.rest(x)], 1), 12, more=conv(8, 12), rest=conv(8, 4)
-        ),
-        "only some of its channels",
+    "layer norm over channels": (
+        lambda: joined(lambda net, x: net.norm(x.movedim(1, -1)).movedim(-1, 1), norm=nn.LayerNorm(8)),
+        "normalised over by layer_norm",
     ),
-    "shared with the image": (shared_with_image, "0.weight is also used"),
+    "group norm over all channels": (
+        lambda: joined(lambda net, x: net.norm(x), norm=nn.GroupNorm(1, 8)),
+        "normalised over by group_norm",
+    ),
+    "shared with the image": (shared_with_image, "meets an axis that is not cut, conv2d"),
 }
 """Nets with a width that must not be cut, and a part of the reason."""
 

@@ -15,7 +15,7 @@ from planner import Plan, attach
 from planner.groups import Groups, group
 from planner.parallel import unwrapped
 from planner.prox import Proximal
-from planner.structures import NM, Channel, FilterShape, Head, Structure, Weight
+from planner.structures import NM, Channel, FilterShape, Rows, Structure, Weight
 from profiles.errors import PlanError
 
 from . import nets
@@ -65,7 +65,7 @@ def alone(plan: Plan, name: str) -> tuple[dict[str, Tensor], Tensor]:
     """Train in this process; return the weights and the support."""
     model = net()
     optimizer = optimizers(name, model)
-    proximal = attach(plan, model, optimizer, steps=SHRINKING)
+    proximal = attach(plan, model, optimizer, steps=SHRINKING, elementwise="elementwise" in name)
     train(model, optimizer)
     return dict(model.state_dict()), support(proximal)
 
@@ -83,8 +83,10 @@ def work(plan_json: str) -> dict[str, Tensor]:
     plan, found = Plan.load(plan_json), {}
     for name, wrapped in (("SGD", True), ("Adam", False)):
         found |= {f"replica {name} {key}": tensor for key, tensor in replica(plan, name, wrapped).items()}
-    for name in ("SGD", "Adam"):
+    for name in ("SGD", "Adam", "elementwise Adam"):
         found |= {f"shard {name} {key}": tensor for key, tensor in shard(plan, name).items()}
+    for wrapped in (True, False):
+        found |= {f"ties {wrapped} {key}": tensor for key, tensor in ties(plan, wrapped).items()}
     mesh = init_device_mesh("cpu", (2,))
     for axis in (0, 1):
         found |= {f"axis {axis} {key}": tensor for key, tensor in on_shards(mesh, axis).items()}
@@ -101,6 +103,21 @@ def replica(plan: Plan, name: str, wrapped: bool) -> dict[str, Tensor]:
     return {**model.module.state_dict(), "support": support(proximal)}
 
 
+def ties(plan: Plan, wrapped: bool) -> dict[str, Tensor]:
+    """Fix the support of replicas whose groups are all alike, but for a last bit that differs between processes."""
+    model = DistributedDataParallel(net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    proximal = attach(plan, model if wrapped else model.module, optimizer, steps=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+            if distributed.get_rank() and parameter.dim() == 4:
+                parameter[-2:] += 2e-7
+    proximal.step()
+    kept = support(proximal)
+    return {"support": kept, "nonzero": torch.tensor(proximal.nonzero()), "weight": model.module[0].weight}
+
+
 def shard(plan: Plan, name: str) -> dict[str, Tensor]:
     """Train one shard and gather the result."""
     model = net()
@@ -111,7 +128,7 @@ def shard(plan: Plan, name: str) -> dict[str, Tensor]:
     optimizer = optimizers(name, model)
     with pytest.raises(PlanError, match=r"0.weight is sharded, so the model cannot be traced; make graph = plan.graph"):
         attach(plan, model, optimizer)
-    proximal = attach(plan, model, optimizer, steps=SHRINKING, graph=graph)
+    proximal = attach(plan, model, optimizer, steps=SHRINKING, graph=graph, elementwise="elementwise" in name)
     train(model, optimizer, rank=distributed.get_rank(), world=2)
     found = {"support": support(proximal), "nonzero": torch.tensor(proximal.nonzero())}
     for tensor_name, tensor in model.state_dict().items():
@@ -136,7 +153,7 @@ STRUCTURES: list[Structure] = [
     FilterShape("seven", (1, 3, 3)),
     Weight("five", 20),
     NM("two", 72, 2, 4),
-    Head(("seven", "five"), 1, 1),
+    Rows(("seven", "five"), 1, 1),
     Weight("one", 1),
 ]
 
@@ -208,8 +225,9 @@ def of(found: list[dict[str, Tensor]], prefix: str) -> list[dict[str, Tensor]]:
     return [{k.removeprefix(prefix): t for k, t in each.items() if k.startswith(prefix)} for each in found]
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
-@pytest.mark.parametrize("way", ["replica", "shard"])
+@pytest.mark.parametrize(("way", "name"), [
+    ("replica", "SGD"), ("replica", "Adam"), ("shard", "SGD"), ("shard", "Adam"), ("shard", "elementwise Adam"),
+])  # fmt: skip
 def test_two_processes_hold_one_support_and_equal_one_process(
     plan: Plan, found: list[dict[str, Tensor]], way: str, name: str
 ) -> None:
@@ -222,6 +240,18 @@ def test_two_processes_hold_one_support_and_equal_one_process(
     for key, tensor in weights.items():
         torch.testing.assert_close(first[key], tensor, rtol=0, atol=1e-6)
         assert torch.equal(first[key] == 0, tensor == 0)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_replicas_that_differ_in_a_last_bit_keep_the_same_groups(
+    plan: Plan, found: list[dict[str, Tensor]], wrapped: bool
+) -> None:
+    first, second = of(found, f"ties {wrapped} ")
+    assert not torch.equal(first["weight"], second["weight"]) or not first["weight"][-2:].any()
+    assert torch.equal(first["support"], second["support"])
+    assert torch.equal(first["weight"] == 0, second["weight"] == 0)
+    assert int(first["nonzero"]) == int(second["nonzero"]) == int(first["support"].sum())
+    assert 0 < first["support"].sum() < len(first["support"])
 
 
 @pytest.mark.parametrize("axis", [0, 1])

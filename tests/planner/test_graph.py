@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backends.rebuild import cut
 from planner.blocks import Block
-from planner.graph import Graph, Width, trace
+from planner.graph import Graph, trace
 from planner.groups import group
 from planner.structures import Filter
+from planner.widths import Width
 from profiles.errors import PlanError
 from tools.examples.resnet import ResNet
 
@@ -49,7 +50,9 @@ WIDTHS = {
     },
     "residual, option A": {
         "layer2.0.conv1": (12, ["layer2.0.conv1"]),
-        "conv1": (16, ["conv1", *(f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in (0, 1))]),  # 8 and 4 + 4 pads
+        "conv1": (8, ["conv1", *(f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in (0, 1))]),
+        "layer2.0.conv2": (4, [f"layer{i}.{j}.conv2" for i in (2, 3) for j in (0, 1)]),  # 2 + 2 where zeros are padded
+        "layer3.0.conv2": (4, [f"layer3.{j}.conv2" for j in (0, 1)]),
     },
     "VGG": {"0": (8, ["0"]), "3": (12, ["3"]), "6": (10, ["6"]), "10": (16, ["10"])},
     "MobileNet": {"0": (8, ["0", "3.body.6"]), "3.body.0": (16, ["3.body.0"]), "10": (12, ["10", "12.body.6"])},
@@ -93,10 +96,9 @@ def test_a_depthwise_multiplier_repeats_its_channel() -> None:
 
 
 @pytest.mark.parametrize("name", nets.CUTTABLE)
-def test_nothing_but_the_output_and_option_a_is_frozen(name: str) -> None:
+def test_nothing_but_the_output_is_frozen(name: str) -> None:
     reasons = [width.frozen for width in example(name)[1].widths if width.frozen]
-    assert reasons.pop() == "it is an output of the model"
-    assert not reasons if name != "residual, option A" else "padded by a fixed number of channels" in reasons.pop()
+    assert reasons == ["it is an output of the model"]
 
 
 @pytest.mark.parametrize("name", nets.REFUSING)
@@ -104,34 +106,42 @@ def test_what_is_not_followed_is_frozen_with_operation_and_place(name: str) -> N
     reason = nets.REFUSING[name][1]
     frozen = [width.frozen for width in example(name)[1].widths if width.frozen and reason in width.frozen]
     assert frozen
-    if not reason.startswith(("only", "0.weight")):  # the places of the others are in nets.py, not within PyTorch
+    if name != "shared with the image":  # the places of the others are in nets.py, not within PyTorch
         assert re.search(r" at /.*nets\.py:\d+", frozen[0])
 
 
 def test_places_are_lines_of_the_users_code() -> None:
     def forward(net: nn.Module, x: Tensor) -> Tensor:
-        return net.two(torch.sigmoid(net.one(x)))  # type: ignore[no-any-return]
+        return net.two(torch.sort(net.one(x), 1).values)  # type: ignore[no-any-return]
 
     line = forward.__code__.co_firstlineno + 1
     graph = traced(Lambda(forward, one=conv(3, 4), two=conv(4, 2)))
-    assert graph.width["one"].frozen == f"reaches sigmoid at {__file__}:{line}, which is not followed"
+    assert graph.width["one"].frozen == f"reaches sort at {__file__}:{line}, which is not followed"
     assert graph.operations[1].where == f"conv2d at {__file__}:{line}"
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_group_ids_partition_the_penalised_weights(name: str) -> None:
+def test_group_ids_cover_the_penalised_weights_once_per_axis(name: str) -> None:
     model, graph = example(name)
     groups = group([Filter(width) for width in graph.cuttable], model)
     parameters = dict(model.named_parameters())
     belongs = {name: torch.zeros(tensor.shape, dtype=torch.int64) for name, tensor in parameters.items()}
-    wanted = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in parameters.items()}
+    wanted = {name: torch.zeros(tensor.shape, dtype=torch.int64) for name, tensor in parameters.items()}
     for member in groups.members:
         belongs[member.tensor] += (member.ids < groups.count).expand(parameters[member.tensor].shape)
+    seen = set[tuple[str, int, int]]()
     for width in graph.cuttable:
         for piece in width.slices:
             if piece.penalised:
-                wanted[piece.tensor][torch.from_numpy(piece.units >= 0)] = True
-    assert all(torch.equal(belongs[name], wanted[name].long()) for name in parameters)
+                owned = set((piece.units >= 0).nonzero()[0].tolist())
+                assert seen.isdisjoint((piece.tensor, piece.axis, i) for i in owned)
+                seen |= {(piece.tensor, piece.axis, i) for i in owned}
+                wanted[piece.tensor].index_add_(
+                    piece.axis,
+                    torch.tensor(sorted(owned)),
+                    torch.ones_like(wanted[piece.tensor]).narrow(piece.axis, 0, len(owned)),
+                )
+    assert all(torch.equal(belongs[name], wanted[name]) for name in parameters)
     assert groups.sizes(parameters).sum() == sum(int(tensor.sum()) for tensor in wanted.values())
     assert groups.count == sum(width.size for width in graph.cuttable)
 
@@ -180,8 +190,8 @@ class Overwriting(nn.Module):
         return self.conv(F.relu(x, inplace=True)) + x  # type: ignore[no-any-return]
 
 
-class Untraceable(Sum):
-    """A block whose forward torch.fx cannot follow."""
+class Branching(Sum):
+    """A block whose forward branches on a size, which torch.fx cannot follow."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.shape[0] > 0 else x
@@ -205,10 +215,10 @@ NO_BLOCK = {
     "a body that ends in a bare normalisation": (lambda: Sum(conv(3, 3), nn.BatchNorm2d(3, affine=False)), PIXELS),
     "broadcasting": (lambda: Sum(conv(3, 3), nn.AdaptiveAvgPool2d(1), conv(3, 3, 1)), PIXELS),
 }
-FROZEN_BLOCK = {
-    "an overwritten shortcut": (lambda: nn.Sequential(conv(3, 8), Overwriting()), "overwrites what the shortcut"),
-    "a body used twice": (_shared_body, "1.body.1.weight is also used by batch_norm"),
-    "a branch on the input": (lambda: nn.Sequential(Untraceable(conv(3, 3))), "torch.fx cannot follow it"),
+FROZEN_BLOCK = {"a body used twice": (_shared_body, "1.body.1.weight is also used by batch_norm")}
+BY_GRAPH = {  # blocks that cannot be taken out of the user's own forward
+    "an overwritten shortcut": lambda: nn.Sequential(conv(3, 8), Overwriting()),
+    "a branch on the input": lambda: nn.Sequential(Branching(conv(3, 3))),
 }
 
 
@@ -224,6 +234,16 @@ def test_a_block_that_cannot_leave_says_why(case: str) -> None:
     blocks: tuple[Block, ...] = traced(make()).blocks
     assert blocks
     assert all(reason in (block.frozen or "") for block in blocks)
+
+
+@pytest.mark.parametrize("case", BY_GRAPH)
+def test_a_block_whose_forward_cannot_be_followed_leaves_the_graph(case: str) -> None:
+    model = nets.looking_trained(BY_GRAPH[case]()).eval()
+    (block,) = traced(model).blocks
+    dense = cut(model, traced(model), {}, frozenset({block.name}))
+    assert block.frozen is None
+    assert isinstance(dense, torch.fx.GraphModule)
+    assert not block.modules & dict(dense.named_modules()).keys()
 
 
 # --- operations ---------------------------------------------------------------------------------------------------
@@ -341,7 +361,7 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-class Branching(nn.Module):
+class Deciding(nn.Module):
     """Branches in Python on its data."""
 
     def __init__(self) -> None:
@@ -362,7 +382,7 @@ def test_wrong_input_is_refused_with_the_place() -> None:
 
 
 def test_a_branch_on_data_is_refused_with_the_place() -> None:
-    model, line = Branching().train(), Branching.forward.__code__.co_firstlineno + 2
+    model, line = Deciding().train(), Deciding.forward.__code__.co_firstlineno + 2
     with pytest.raises(PlanError, match=rf"cannot be traced on inputs of shape 2x3x8x8: .* at {HERE}:{line} \(return"):
         traced(model)
     assert model.training

@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from planner import groups as module
 from planner.groups import Groups, group
-from planner.structures import NM, Channel, FilterShape, Head, Structure, Weight
+from planner.pools import Share, pooled
+from planner.structures import NM, Channel, FilterShape, Rows, Structure, Weight
 
 SHAPES = {"fc": (6, 8), "conv": (7, 4, 3, 3), "bias": (7,), "narrow": (1, 8), "tall": (12, 1)}
 STRUCTURES: dict[str, Structure] = {
-    "filters with bias": Head(("conv", "bias"), 7, 1),
-    "heads": Head(("fc",), 2, 3),
-    "heads, fused": Head(("fc",), 2, 1),
+    "filters with bias": Rows(("conv", "bias"), 7, 1),
+    "heads": Rows(("fc",), 2, 3),
+    "heads, fused": Rows(("fc",), 2, 1),
     "channels": Channel("conv", 4),
     "shape": FilterShape("conv", (4, 3, 3)),
     "weights": Weight("conv", 252),
@@ -78,6 +79,46 @@ def test_parts_are_as_small_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         parts = [part for _, part in member.parts(weights)]
         assert [len(part) for part in parts] == [2, 2, 2, 1]
         assert torch.equal(torch.cat(parts), weights)
+
+
+def test_ids_that_members_share_are_gathered_once() -> None:
+    made = model()
+    groups = group([STRUCTURES["filters with bias"], STRUCTURES["heads"], STRUCTURES["channels"]], made)
+    joined = groups.joined
+    assert joined is not None
+    assert joined.lengths == [7, 6, 4]
+    assert [place for place, _ in joined.uses] == [0, 0, 1, 2]
+    assert len(joined.once) == 17
+    assert len(joined.ids) == 24
+    per_group = torch.arange(groups.count + 1)
+    for member, spread in zip(groups.members, joined.spread(per_group), strict=True):
+        assert torch.equal(spread, per_group[member.ids])
+
+
+def test_joined_ids_move_with_the_groups() -> None:
+    moved = group([STRUCTURES["filters with bias"]], model()).to(torch.device("meta"))
+    assert moved.joined is not None
+    assert moved.joined.ids.is_meta
+    assert moved.joined.once.is_meta
+
+
+def test_pools_of_one_size_are_given_to_the_envelope_by_their_size() -> None:
+    made = model()
+    cases: list[tuple[list[Share], int | None]] = [
+        ([Share.of(STRUCTURES["2:4"], 2)], 4),
+        ([Share.of(STRUCTURES["2:4"], 2), Share.of(STRUCTURES["1:2 of a convolution"], 1)], 0),
+        ([Share.of(STRUCTURES["one row"], 2), Share.of(Channel("fc", 8), 3)], 8),
+        ([Share.of(STRUCTURES["one row"], 2)], None),
+    ]
+    for shares, size in cases:
+        state = pooled(shares, made)
+        if size == 0:
+            assert state.layout is state.pool
+        else:
+            assert state.layout == size
+        if size:
+            assert torch.equal(state.pool, torch.arange(len(state.pool)) // size)
+            assert len(state.k) * size == len(state.pool)
 
 
 def test_whole_layers_need_no_gather() -> None:

@@ -28,9 +28,10 @@ from .nets import PIXELS, looking_trained
 INPUTS = (torch.ones(PIXELS),)
 Optimizers = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Optimizers] = {
+    "SGD without momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.02),
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4),
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=2e-3),
-    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=2e-3),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05),
 }
 
 
@@ -195,6 +196,70 @@ def test_budgets_of_zero_fade_and_others_stand() -> None:
     assert found == [[6.0, 3.0], [4.0, 3.0], [0.0, 3.0]]
 
 
+def test_a_budget_may_fall_from_everything_to_the_target(plan: Plan) -> None:
+    plan = plan.model_copy(update={"pools": plan.pools[:2]})  # without the block that fades
+    steps: list[int] = []
+    for anneal in (0.0, 0.5):
+        model = fresh()
+        optimizer = OPTIMIZERS["SGD"](model.parameters())
+        proximal = attach(plan, model, optimizer, steps=Schedule(100, anneal=anneal))
+        while proximal.nonzero() == 16:
+            train(model, optimizer, 1)
+        steps.append(proximal.taken)
+        train(model, optimizer, 100 - proximal.taken)
+        assert proximal.frozen
+        assert proximal.nonzero() == proximal.budget_groups
+    assert steps[0] < steps[1]
+
+
+# --- what is not finite -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make all tensors say that they are not on a CPU, so that nothing looks at values."""
+    monkeypatch.setattr(Tensor, "is_cpu", property(lambda _: False))
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("elementwise", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_off_the_cpu_steps_at_weights_that_are_not_finite_are_skipped_and_reported(
+    plan: Plan, value: float, elementwise: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = fresh()
+    optimizer = OPTIMIZERS["Adam"](model.parameters())
+    proximal = attach(plan, model, optimizer, steps=8, elementwise=elementwise)
+    train(model, optimizer, 3)
+    weights = dict(model.named_parameters())["layer1.0.conv1.weight"]
+    with torch.no_grad():
+        was = weights[0, 0, 0, 0].clone()
+        weights[0, 0, 0, 0] = value
+        before = copy.deepcopy(model.state_dict())
+        proximal.step()
+        torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0, equal_nan=True)
+        weights[0, 0, 0, 0] = was
+    assert (proximal.taken, proximal.skipped) == (4, 1)
+    assert told(caplog) == []
+    train(model, optimizer, 4)
+    assert proximal.frozen
+    assert "1 proximal steps were left out: weights were not finite" in told(caplog)
+    assert proximal.nonzero() == proximal.budget_groups
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_support_is_not_fixed_on_weights_that_are_not_finite(plan: Plan) -> None:
+    model = fresh()
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    proximal = attach(plan, model, optimizer, steps=4)
+    with torch.no_grad():
+        dict(model.named_parameters())["layer1.0.conv1.weight"].fill_(torch.nan)
+    for _ in range(3):
+        proximal.step()
+    with pytest.raises(PlanError, match="training diverged: weights not finite at step 4; lower the learning rate"):
+        proximal.step()
+
+
 # --- the choice of groups -----------------------------------------------------------------------------------------
 
 
@@ -210,6 +275,44 @@ def test_hardening_is_exact_and_keeps_the_strongest(plan: Plan) -> None:
         weakest = norms[inside & kept].min() if kept[inside].any() else torch.inf
         assert norms[inside & ~kept].max() <= weakest
     assert harden_(plan, model) == 0
+
+
+def test_hardening_says_what_it_changed(plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
+    model = fresh()
+    with caplog.at_level("INFO", logger="planner.prox"):
+        changed = harden_(plan, model)
+    sizes = {pool.name: 8 if pool.structure == "filter" else 1 for pool in plan.pools}
+    gone = {pool.name: int(sizes[pool.name] - pool.budget) for pool in plan.pools}
+    assert told(caplog) == [f"{name}: {count} groups set to zero" for name, count in gone.items() if count]
+    assert changed == sum(gone.values())
+    caplog.clear()
+    assert harden_(plan, model) == 0
+    assert told(caplog) == []
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "planner.prox"]
+
+
+def subnormal(model: nn.Module) -> list[str]:
+    tiny = torch.finfo(torch.float32).tiny
+    return [n for n, t in model.state_dict().items() if t.is_floating_point() and ((t != 0) & (t.abs() < tiny)).any()]
+
+
+def test_no_statistics_of_what_left_fade_into_subnormal_numbers(plan: Plan) -> None:
+    model = fresh()
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    attach(plan, model, optimizer, steps=20)
+    train(model, optimizer, 20)
+    kept = alive(plan, model)[1]
+    statistics = model.get_submodule("layer1.0.bn1").running_var
+    first = kept[: len(statistics)]
+    assert torch.equal(statistics == 0, ~first)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.95  # so that what fades is subnormal after 30 steps
+    train(model, optimizer, 31)
+    assert subnormal(model) == []
 
 
 @pytest.mark.parametrize("budget_ms", [0.5, 1.0, 1.7, 2.5, 3.1])

@@ -13,7 +13,7 @@ from planner.graph import Graph, trace
 from planner.groups import group
 from planner.pools import Share, flush_, pooled
 from planner.prox import Proximal, Schedule
-from planner.structures import NM, Block, Channel, Depth, Filter, FilterShape, Head, Structure, Weight
+from planner.structures import NM, Block, Channel, Depth, Filter, FilterShape, Rows, Structure, Weight
 from profiles.errors import PlanError
 from tools.examples.resnet import ResNet
 
@@ -97,7 +97,7 @@ def test_heads_train_to_their_budget() -> None:
 
     torch.manual_seed(0)
     model = Attention()
-    heads = Head(("qkv.weight", "qkv.bias"), count=4, size=3)
+    heads = Rows(("qkv.weight", "qkv.bias"), count=4, size=3)
     trained(model, Share.of(heads, 2), torch.randn(2, 5, 12), debiased=True, optimizer="SGD")
     rows = model.qkv.weight.detach().view(3, 4, -1).abs().sum((0, 2)) + model.qkv.bias.detach().view(3, 4, 3).abs().sum(
         (0, 2)
