@@ -1,8 +1,9 @@
 """The proof of a rebuild: dense(x) == masked(x) on fresh random inputs, or a refusal that names the place."""
 
+import copy
+import logging
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -11,27 +12,57 @@ from planner.evaluation import evaluating
 from planner.graph import Graph
 from profiles.errors import BuildError
 
-TOLERANCE = 1e-4  # largest |dense - masked| relative to the largest |masked|
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4  # largest |dense - masked| relative to the largest |masked|, in the model's own precision
+TOLERANCE_FLOAT64 = 1e-9
+TOLERANCE_CAST = 1e-5  # in float64, where the model itself computes in a lower precision
 
 
 class Proof:
     """What a masked model computes on fresh random inputs, which its rebuilt one has to compute too."""
 
-    def __init__(self, graph: Graph, masked: nn.Module, *, cases: int = 2, exact: bool = True) -> None:
-        """Run `masked` on `cases` batches, of other sizes where it takes them; `exact`: differences are refused."""
-        self._graph, self._masked, self._exact = graph, masked, exact
+    def __init__(
+        self, graph: Graph, masked: nn.Module, *, cases: int = 2, exact: bool = True, float64: bool = False
+    ) -> None:
+        """Run `masked` on `cases` batches, of other sizes where it takes them; `exact`: differences are refused.
+
+        Raises BuildError if it runs on none.
+        """
+        self._graph, self._exact, self._float64 = graph, exact, float64
+        self._masked = self._precise(masked)
         device = next(masked.parameters()).device
         self._batches: list[tuple[tuple[Tensor, ...], Tensor]] = []
         for seed in range(cases):
-            for more in (seed, 0):
-                inputs = tuple(x.to(device) for x in graph.example(seed=seed, more=more))
-                with suppress(BuildError):
-                    self._batches.append((inputs, run(masked, inputs)))
-                    break
+            refused = self._add(seed, seed, device) and self._add(seed, 0, device)
+        if not self._batches and refused:
+            raise refused
+
+    def _add(self, seed: int, more: int, device: torch.device) -> BuildError | None:
+        """Run one batch with `more` examples; return why it does not run."""
+        inputs = tuple(x.to(device) for x in self._graph.example(seed=seed, more=more))
+        if self._float64:
+            inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+        try:
+            self._batches.append((inputs, run(self._masked, inputs)))
+        except BuildError as error:
+            return error
+        return None
+
+    def _precise(self, model: nn.Module) -> nn.Module:
+        return copy.deepcopy(model).double() if self._float64 else model
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference that passes."""
+        if not self._float64:
+            return TOLERANCE
+        return TOLERANCE_CAST if self._graph.casts else TOLERANCE_FLOAT64
 
     def check(self, dense: nn.Module) -> float:
         """Return max|dense - masked| / max|masked| in evaluation mode; raises BuildError if it is too large."""
         worst = 0.0
+        dense = self._precise(dense)
         for inputs, expected in self._batches:
             found = run(dense, inputs)
             if expected.shape != found.shape or not torch.isfinite(found).all() or not torch.isfinite(expected).all():
@@ -39,13 +70,27 @@ class Proof:
                     f"the rebuilt model's output is {_told(found)}, the masked model's is {_told(expected)}"
                 )
             worst = max(worst, _difference(found, expected))
-            if worst > TOLERANCE and self._exact:
+            if worst > self.tolerance and self._exact:
                 raise BuildError(
-                    f"the rebuilt model differs from the masked one by {worst:.2e} (allowed {TOLERANCE:g}); first at "
-                    f"{_first_difference(self._graph, self._masked, dense, inputs)}; the weights there are not exactly "
-                    "zero or the channels are used in a way that was not followed"
+                    f"the rebuilt model differs from the masked one by {worst:.2e} (allowed {self.tolerance:g}); first "
+                    f"at {_first_difference(self._graph, self._masked, dense, inputs)}; the weights there are not "
+                    "exactly zero or the channels are used in a way that was not followed"
                 )
         return worst
+
+
+def proven(graph: Graph, masked: nn.Module, dense: nn.Module, *, cases: int = 2, exact: bool = True) -> float:
+    """Check `dense` in float64 and in the model's own precision; return the largest relative difference in the latter.
+
+    A model that does not run in float64 is checked in its own precision alone. Raises BuildError as Proof does.
+    """
+    try:
+        precise = Proof(graph, masked, cases=cases, exact=exact, float64=True)
+    except BuildError as error:
+        log.warning("the model does not run in float64, so it is checked in its own precision alone: %s", error)
+    else:
+        precise.check(dense)
+    return Proof(graph, masked, cases=cases, exact=exact).check(dense)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -70,7 +115,7 @@ def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
                 f"the rebuilt model does not run: {error}{where}; a size is written into the model there: take it "
                 "from the tensor instead, or keep that width"
             ) from error
-    return out if isinstance(out, Tensor) else torch.cat([x.flatten().float() for x in _leaves(out)])
+    return out if isinstance(out, Tensor) else torch.cat([x.flatten().double() for x in _leaves(out)])
 
 
 def _leaves(out: object) -> list[Tensor]:

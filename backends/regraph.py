@@ -6,6 +6,7 @@ keeps the names of parameters and buffers, and takes other batch sizes where the
 
 import itertools
 import logging
+import warnings
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,19 @@ _ZERO_OR_ONE = re.compile(r"(!= [01]|> [01]|>= [12])$|^[01] < ")
 _MOVES = frozenset(("permute", "transpose", "clone", "contiguous", "swapaxes", "movedim", "alias"))
 
 
-def regraph(model: nn.Module, inputs: tuple[Tensor, ...], masks: Masks, removed: frozenset[str]) -> GraphModule:
+class Rewritten(GraphModule):
+    """A graph that was put right; copies keep what was recorded on it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rewritten":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch's own use of its tree specifications
+            copied = super().__deepcopy__(memo)
+        assert isinstance(copied, Rewritten)
+        copied.__dict__.update({name: value for name, value in vars(self).items() if name.startswith("espalier_")})
+        return copied
+
+
+def regraph(model: nn.Module, inputs: tuple[Tensor, ...], masks: Masks, removed: frozenset[str]) -> Rewritten:
     """Return `model` with only the elements `masks` of its parameters and buffers and without the blocks `removed`.
 
     Raises BuildError, naming the operation and its place, where the elements that stay do not form a tensor.
@@ -53,7 +66,7 @@ def regraph(model: nn.Module, inputs: tuple[Tensor, ...], masks: Masks, removed:
         editor.visit(node)
     module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module"))
     _follow_training(module.graph)
-    smaller = GraphModule(module, module.graph)
+    smaller = Rewritten(module, module.graph)
     for name, parameter in model.named_parameters():
         if (own := dict(smaller.named_parameters()).get(name)) is not None:
             own.requires_grad_(parameter.requires_grad)
