@@ -8,10 +8,12 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
+from backends.estimate import Estimate
+from backends.settings import Recorded
 from profiles.atomic import write_text
 from profiles.errors import BuildError
 
-__all__ = ["Artifact", "Parity", "TensorSpec", "sha256_of", "specs_of"]
+__all__ = ["Accuracy", "Artifact", "Parity", "TensorSpec", "sha256_of", "specs_of"]
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -31,7 +33,7 @@ class TensorSpec(BaseModel):
 
 
 class Parity(BaseModel):
-    """The worst disagreement with eager PyTorch over `cases` random inputs; max_rel = max|a - b| / max|b|."""
+    """The worst disagreement with eager PyTorch over `cases` inputs; max_rel = max|a - b| / max|b|."""
 
     model_config = _STRICT
 
@@ -40,10 +42,23 @@ class Parity(BaseModel):
     max_rel: NonNegativeFloat
 
 
+class Accuracy(BaseModel):
+    """The share of the user's test examples that the compiled model and eager PyTorch classify as labelled."""
+
+    model_config = _STRICT
+
+    examples: PositiveInt
+    compiled: Annotated[float, Field(ge=0, le=1)]
+    pytorch: Annotated[float, Field(ge=0, le=1)]
+
+
 class Artifact(BaseModel):
     """One model file, built by one runtime for static input shapes.
 
     `path` is absolute in memory; `save` writes it relative to the JSON file where it can, so a folder can be moved.
+    `parity` is over random inputs, `parity_real` over the calibration data if there was any. `settings` are the options
+    of the runtime that it was built with and is opened with. `remarks` name layers that the device dislikes or leaves
+    to another processor. `estimate` is the compiler's, for devices that are not here.
     """
 
     model_config = _STRICT
@@ -60,7 +75,12 @@ class Artifact(BaseModel):
     threads: PositiveInt
     inputs: tuple[TensorSpec, ...]
     subnormals_flushed: NonNegativeInt = 0
+    settings: Recorded = {}
+    remarks: tuple[str, ...] = ()
     parity: Parity
+    parity_real: Parity | None = None
+    accuracy: Accuracy | None = None
+    estimate: Estimate | None = None
 
     def content(self) -> bytes:
         """Return the bytes of the model file; a missing or changed file raises BuildError."""

@@ -10,14 +10,16 @@ import torch
 from numpy.typing import NDArray
 
 from backends.artifact import Artifact, TensorSpec
+from backends.samples import Samples
 from profiles.errors import BuildError
 
 if TYPE_CHECKING:
     from profiles.schema import Profile
 
-__all__ = ["Array", "Bound", "Runtime", "Session", "content_for", "flattened"]
+__all__ = ["NO_SAMPLES", "Array", "Bound", "Runtime", "Session", "content_for", "flattened"]
 
 Array = NDArray[Any]
+NO_SAMPLES = Samples()
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,11 @@ class Session:
 
 
 class Runtime(Protocol):
-    """One inference runtime: a module of `backends`, found by its name."""
+    """One inference runtime: a module of `backends`, found by its name; its files end in `SUFFIX`."""
 
     NAME: str
     EXTRA: str
+    SUFFIX: str
 
     def version(self) -> str:
         """Return the installed version; raises BackendUnavailable with the pip line."""
@@ -74,8 +77,13 @@ class Runtime(Protocol):
         path: Path | str,
         *,
         threads: int = 1,
+        samples: Samples = NO_SAMPLES,
     ) -> Artifact:
-        """Write `model` as a file that this runtime reads; BuildError, and no file, unless it matches PyTorch."""
+        """Write `model` as a file that this runtime reads; BuildError, and no file, unless it matches PyTorch.
+
+        The number format and the options are the profile's; fp32 and the defaults without one. int8 is calibrated
+        with `samples`, and needs them.
+        """
 
     def session(
         self, artifact: Artifact, *, threads: int | None = None, model: torch.nn.Module | None = None
@@ -86,12 +94,17 @@ class Runtime(Protocol):
         """
 
 
-def content_for(runtime: str, artifact: Artifact) -> bytes:
+def content_for(runtime: str, artifact: Artifact, *, version: str) -> bytes:
     """Return the verified bytes of an artifact that `runtime` built; parity was shown there and nowhere else."""
     if artifact.runtime != runtime:
         raise BuildError(
             f"{artifact.path} was built and checked with {artifact.runtime}, not {runtime}; "
             f"open it with backends.load('{artifact.runtime}') or build it with {runtime}"
+        )
+    if artifact.runtime_version != version:
+        raise BuildError(
+            f"{artifact.path} was built and checked with {runtime} {artifact.runtime_version}, but {version} is "
+            "installed; build it again"
         )
     return artifact.content()
 
@@ -99,7 +112,8 @@ def content_for(runtime: str, artifact: Artifact) -> bytes:
 def flattened(output: object) -> list[Array]:
     """Return the tensors in the output of a module as NumPy copies, in the order in which an export lists them."""
     if isinstance(output, torch.Tensor):
-        return [output.detach().cpu().numpy().copy()]
+        values = output.detach().cpu()
+        return [(values.float() if values.dtype == torch.bfloat16 else values).numpy().copy()]
     if isinstance(output, Mapping):
         return [array for value in output.values() for array in flattened(value)]
     if isinstance(output, list | tuple):

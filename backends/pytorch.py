@@ -1,23 +1,28 @@
-"""Eager PyTorch on the CPU: the runtime that everybody has, and the reference of the others.
+"""PyTorch itself, on the CPU or a CUDA device: eager, through torch.compile, or as an exported program.
 
-Its file is a safetensors file of weights, and a session needs the module they belong to. The obvious format, the
-exported program (.pt2), is not used: `torch.export.load` unpickles parts of the archive with `weights_only=False`
-(sample inputs, constants, any weight whose entry says so), so a hostile file runs code. TorchScript files are
-programs as well. Weights are data, and eager latency is that of the module, not of a replayed graph.
+The file of eager and compiled models is a safetensors file of weights, and a session needs the module they belong to:
+weights are data, and eager latency is that of the module. An exported program carries its graph; see
+`backends.program` for why it is opened with care.
 """
 
 import copy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
 
 from backends.artifact import Artifact, TensorSpec
-from backends.build import Job
-from backends.contract import Array, Bound, Session, content_for, flattened
+from backends.build import Job, Made
+from backends.contract import NO_SAMPLES, Array, Bound, Session, content_for, flattened
+from backends.cuda import finished, required
+from backends.program import opened_program, saved_program
+from backends.quiet import quietly
+from backends.samples import Samples
+from backends.semi_structured import sparsified_
+from backends.settings import Recorded, Settings, asked
 from backends.subnormals import flushed
 from profiles.atomic import write_bytes
 from profiles.errors import BuildError
@@ -25,10 +30,24 @@ from profiles.errors import BuildError
 if TYPE_CHECKING:
     from profiles.schema import Profile
 
-__all__ = ["EXTRA", "NAME", "build", "session", "version"]
+__all__ = ["EXTRA", "NAME", "SUFFIX", "Options", "build", "options_for", "session", "version"]
 
 NAME = "pytorch"
 EXTRA = "pip install espalier"
+SUFFIX = ".safetensors"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class Options(Settings):
+    """How the module runs: `graphs` replays a CUDA graph, `sparse` computes 2:4 weights of linear layers as such."""
+
+    mode: Literal["eager", "compile", "exported"] = "eager"
+    number: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    layout: Literal["contiguous", "channels_last"] = "contiguous"
+    graphs: bool = False
+    sparse: bool = False
 
 
 def version() -> str:
@@ -43,24 +62,62 @@ def build(
     path: Path | str,
     *,
     threads: int = 1,
+    samples: Samples = NO_SAMPLES,
 ) -> Artifact:
-    """Write the weights of `model`, without subnormals, as a safetensors file; BuildError if parity fails."""
-    job = Job(NAME, version(), model=model, inputs=inputs, profile=profile, threads=threads)
+    """Write the weights of `model`, or its program, without subnormals; BuildError if parity fails."""
+    job = Job(
+        runtime=NAME,
+        version=version(),
+        model=model,
+        inputs=inputs,
+        profile=profile,
+        threads=threads,
+        samples=samples,
+        can=tuple(_DTYPES),
+    )
+    options = options_for(profile, job.number)
+
+    def write(file: Path) -> Made:
+        if options.mode == "exported":
+            graph = _module(model, options)
+            count = _flush_(graph)
+            write_bytes(file, saved_program(graph, tuple(_placed(tensor, options) for tensor in inputs)))
+            return Made(count)
+        return Made(_write(model, file))
+
     return job.make(
         path,
-        write=partial(_write, model),
-        opened=partial(_opened, model=model, specs=job.specs, threads=threads),
+        write=write,
+        opened=partial(_opened, model=model, specs=job.specs, threads=threads, options=options),
+        settings=options.recorded(),
     )
 
 
 def session(artifact: Artifact, *, threads: int | None = None, model: torch.nn.Module | None = None) -> Session:
-    """Open an artifact in a copy of `model`, the module that `build` was given or another of the same structure."""
-    if model is None:
+    """Open an artifact in a copy of `model`, the module that `build` was given or another of the same structure.
+
+    An exported program needs no `model`.
+    """
+    options = Options.of(artifact.settings)
+    if model is None and options.mode != "exported":
         raise BuildError(
             f"{artifact.path} holds weights only; give session() or measure() the module: model=the rebuilt model"
         )
-    content = content_for(NAME, artifact)
-    return _opened(content, model=model, specs=artifact.inputs, threads=threads or artifact.threads)
+    content = content_for(NAME, artifact, version=version())
+    return _opened(content, model=model, specs=artifact.inputs, threads=threads or artifact.threads, options=options)
+
+
+def options_for(profile: "Profile | None", number: str) -> Options:
+    """Return the options that the profile asks for; raises BuildError if they exclude each other."""
+    on_gpu = profile is not None and profile.device.kind == "gpu"
+    usual: Recorded = {"device": "cuda", "layout": "channels_last", "graphs": True} if on_gpu else {}
+    options = Options.of({**usual, **asked(profile), "number": number})
+    for name in ("graphs", "sparse"):
+        if getattr(options, name) and options.device != "cuda":
+            raise BuildError(f"the option {name} is for CUDA devices, not for {options.device}; remove it")
+    if options.sparse and options.number == "fp32":
+        raise BuildError("2:4 weights are computed in fp16 or bf16, not in fp32; choose a profile of these")
+    return options
 
 
 def _write(model: torch.nn.Module, path: Path) -> int:
@@ -79,19 +136,60 @@ def _write(model: torch.nn.Module, path: Path) -> int:
     return total
 
 
-def _opened(content: bytes, *, model: torch.nn.Module, specs: tuple[TensorSpec, ...], threads: int) -> Session:
-    # Contiguous, PyTorch's default: training in channels_last must not decide what is measured.
+def _opened(
+    content: bytes, *, model: torch.nn.Module | None, specs: tuple[TensorSpec, ...], threads: int, options: Options
+) -> Session:
+    if options.device == "cuda":
+        required(f"{NAME} on a GPU")
+    if options.mode == "exported":
+        module = opened_program(content)
+    else:
+        assert model is not None
+        module = _loaded(model, content, options)
+    if options.sparse:
+        sparsified_(module)
+    if options.mode == "compile":
+        with quietly():
+            module = torch.compile(module, dynamic=False)
+    bound = _bound_on_cuda if options.device == "cuda" else _bound
+    return Session(specs, threads, partial(bound, module, threads=threads, options=options))
+
+
+def _module(model: torch.nn.Module, options: Options) -> Any:
+    """Return a copy in the layout, type and place that are measured, whatever it was trained in."""
     module: Any = copy.deepcopy(model).cpu().eval()  # Any: the annotations of Module.to leave memory_format out
-    module.to(memory_format=torch.contiguous_format)
+    return module.to(device=options.device, dtype=_DTYPES[options.number], memory_format=_LAYOUTS[options.layout])
+
+
+def _loaded(model: torch.nn.Module, content: bytes, options: Options) -> Any:
+    module = copy.deepcopy(model).cpu()
     try:
         module.load_state_dict(safetensors.torch.load(content), strict=True)
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise BuildError(f"the weights do not fit the module: {error}; pass the module that was built") from error
-    return Session(specs, threads, partial(_bound, module, threads=threads))
+    return _module(module, options)
 
 
-def _bound(module: torch.nn.Module, arrays: tuple[Array, ...], *, threads: int) -> Bound:
-    tensors = tuple(map(torch.from_numpy, arrays))
+def _flush_(module: torch.nn.Module) -> int:
+    total = 0
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dtype in (torch.float32, torch.float64):
+            values, count = flushed(tensor.detach().cpu().contiguous().numpy())
+            tensor.data.copy_(torch.from_numpy(values))
+            total += count
+    return total
+
+
+def _placed(tensor: torch.Tensor, options: Options) -> torch.Tensor:
+    """Return an input on the device, in the number format of the weights and the layout."""
+    if not tensor.is_floating_point():
+        return tensor.to(options.device)
+    placed = tensor.to(device=options.device, dtype=_DTYPES[options.number])
+    return placed.contiguous(memory_format=_LAYOUTS[options.layout]) if placed.dim() == 4 else placed
+
+
+def _bound(module: Any, arrays: tuple[Array, ...], *, threads: int, options: Options) -> Bound:
+    tensors = tuple(_placed(torch.from_numpy(array), options) for array in arrays)
     latest: list[object] = [()]
 
     def run() -> None:
@@ -105,4 +203,18 @@ def _bound(module: torch.nn.Module, arrays: tuple[Array, ...], *, threads: int) 
         finally:
             torch.set_num_threads(before)
 
+    if options.mode == "compile":
+        with quietly():  # the first run compiles
+            run()
     return Bound(run, lambda: flattened(latest[0]))
+
+
+def _bound_on_cuda(module: Any, arrays: tuple[Array, ...], *, threads: int, options: Options) -> Bound:
+    tensors = tuple(_placed(torch.from_numpy(array), options) for array in arrays)
+    latest: list[object] = [()]
+
+    def launch() -> None:
+        with torch.inference_mode():
+            latest[0] = module(*tensors)
+
+    return Bound(finished(launch, graph=options.graphs), lambda: flattened(latest[0]))

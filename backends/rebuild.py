@@ -36,8 +36,7 @@ def rebuild(plan: Plan, model: nn.Module, *, cases: int = 2) -> nn.Module:
             "pools); train for as many steps as the schedule has, or call planner.harden_(plan, model)"
         )
     dense = cut(model, graph, support(plan, model, graph), plan.choice.removed)
-    lossy = any(graph.width[width.name].lossy for width in plan.widths if width.keep < width.dense)
-    proven(graph, model, dense, cases=cases, exact=not lossy)
+    proven(graph, model, dense, cases=cases, exact=plan.lossless)
     return dense
 
 

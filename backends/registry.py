@@ -9,9 +9,10 @@ from backends.contract import Runtime
 from profiles.errors import BackendUnavailable
 
 if TYPE_CHECKING:
-    from backends import onnxruntime, openvino, pytorch
+    from backends import executorch, onnxruntime, openvino, pytorch, tensorrt
 
-    _checked: tuple[Runtime, ...] = (onnxruntime, openvino, pytorch)  # the type checker holds each to the contract
+    # The type checker holds each to the contract.
+    _checked: tuple[Runtime, ...] = (executorch, onnxruntime, openvino, pytorch, tensorrt)
 
 __all__ = ["installed", "known", "load"]
 

@@ -6,8 +6,8 @@ keeps the names of parameters and buffers, and takes other batch sizes where the
 
 import itertools
 import logging
-import warnings
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from planner.axes import Propagation, Track, arg, kind, number, place, shape
 from planner.blocks import find_blocks
 from planner.graph import aliases, exported, live
-from planner.rules import propagate
+from planner.rules import RULES, propagate
 from planner.widths import components
 from profiles.errors import BuildError, PlanError
 
@@ -55,9 +55,9 @@ def regraph(model: nn.Module, inputs: tuple[Tensor, ...], masks: Masks, removed:
     module = _program(model, inputs).module()
     first = {name: same for same, names in aliases(model).items() for name in names}
     names = {n.name: first.get(str(n.target), str(n.target)) for n in module.graph.nodes if n.op == "get_attr"}
-    trained = frozenset(name for name, _ in model.named_parameters())
+    learned = dict(model.named_parameters(remove_duplicate=False))  # a graph may go by another of its names
     nodes = live(module.graph)
-    state = propagate(nodes, names, trained, lossy=True)
+    state = propagate(nodes, names, frozenset(learned), lossy=True)
     for node in nodes:
         state.of(node)  # what no operation asked for gets its units now
     _without_blocks(module, nodes, names, model, removed)
@@ -67,9 +67,8 @@ def regraph(model: nn.Module, inputs: tuple[Tensor, ...], masks: Masks, removed:
     module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module"))
     _follow_training(module.graph)
     smaller = Rewritten(module, module.graph)
-    for name, parameter in model.named_parameters():
-        if (own := dict(smaller.named_parameters()).get(name)) is not None:
-            own.requires_grad_(parameter.requires_grad)
+    for name, own in smaller.named_parameters():
+        own.requires_grad_(learned[name].requires_grad)
     return smaller.train(model.training)
 
 
@@ -126,12 +125,11 @@ class _Editor:
         elif node.op == "call_function":
             if self._ragged(node) or self._gathered(node):
                 return
-            name = kind(node)
             if self.state.name(node) is not None:
                 self._select_axes(node)
-            elif name in _RESHAPES:
+            elif kind(node) in _RESHAPES:
                 self._resize(node)
-            elif (edit := getattr(self, f"_on_{name}", None)) is not None:
+            elif (edit := getattr(self, f"_on_{kind(node)}", None)) is not None:
                 edit(node)
             self._recount(node)
 
@@ -192,8 +190,6 @@ class _Editor:
         """Send positions through a reshape or move as if they were the units of a track."""
         fake = Propagation(self.state.names, frozenset())
         fake.values[source] = (Track(positions, np.zeros_like(positions, dtype=bool)),)
-        from planner.rules import RULES
-
         (track,) = RULES[kind(node)](fake, node)
         assert isinstance(track, Track)
         return track.units
@@ -262,8 +258,7 @@ class _Editor:
         self._take(node, arg(node, 1, "dim", 0), slice(first, last, step))
 
     def _on_narrow(self, node: Node) -> None:
-        first = node.args[2]
-        self._take(node, arg(node, 1, "dim"), slice(first, first + node.args[3]))  # type: ignore[operator]
+        self._take(node, arg(node, 1, "dim"), slice(node.args[2], node.args[2] + node.args[3]))  # type: ignore[operator]
 
     def _take(self, node: Node, axis: int, positions: slice) -> None:
         axis %= len(shape(node))
@@ -278,6 +273,14 @@ class _Editor:
         mask = self.stays(node.args[0]).get(axis)
         if mask is not None:
             node.args = (node.args[0], axis, int(mask[: int(arg(node, 2, "index")) % len(mask)].sum()))
+
+    def _on_roll(self, node: Node) -> None:
+        """Turn around the end what stays of those that were turned around it."""
+        stays, shifts = self.stays(node.args[0]), list(arg(node, 1, "shifts"))
+        for index, axis in enumerate(arg(node, 2, "dims") or ()):
+            if (mask := stays.get(axis % len(shape(node)))) is not None:
+                shifts[index] = int(mask[len(mask) - shifts[index] % len(mask) :].sum())
+        node.args = (node.args[0], shifts, *node.args[2:])
 
     def _on_getitem(self, node: Node) -> None:
         """Take a part of a split or chunk by its new bounds."""

@@ -27,18 +27,20 @@ bracket is halved instead.
 
 Many pools, each with its own budget, are solved together, in float64 and relative to the largest norm of the pool, so
 that neither 1e30 nor 1e-40 is lost in float32. The groups are passed over in chunks: beside the result, a call with one
-pool holds one float64 vector (m,), and none where `planner.threshold` serves it. Off the CPU nothing is read back to
-the host: the evaluations are fixed in number. A device without float64 (Apple's MPS) is not served.
+pool holds one float64 vector (m,). On the CPU `planner.newton` serves the prox of few groups and that of small pools of
+equal size, `planner.threshold` that of one large pool of alike groups; they hold no vector. Off the CPU nothing is read
+back to the host: the evaluations are fixed in number. A device without float64 (Apple's MPS) is not served.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from planner import threshold
+from planner import newton, threshold
 
 __all__ = ["debiased_value", "scale", "value"]
 
@@ -50,19 +52,22 @@ _SAMPLE = 1 << 14  # of so many groups the multiplier is within about 1 %
 _CHUNK_DEVICE = 1 << 22  # long enough to hide the launch of a kernel
 
 
-def value(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | float, *,
-          pool: Tensor | None = None) -> Tensor:
+def value(
+    norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | float, *, pool: Tensor | int | None = None
+) -> Tensor:
     """Return the envelope GS of the groups with these norms, summed over pools: (), in the dtype of the norms.
 
-    norms: (m,). a, d: (m,) or numbers. pool: (m,) ids 0..p-1, or None for one pool. k: a number, or (p,).
+    norms: (m,). a, d: (m,) or numbers. k: a number, or (p,). pool: (m,) ids 0..p-1, or None for one pool, or the one
+    size of all pools, where they lie one after another as for N:M: without ids they take a fraction of the time.
     Differentiable once, in norms: a_j x_j / u_j, and 0 (the least subgradient) at x_j = 0. A pool with k = 0 and a norm
     above zero has the value inf. Raises ValueError as `scale` does; off the CPU, non-finite norms give nan or inf.
     """
     return _Value.apply(norms, _problem(norms, a, d, k, pool), False)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def debiased_value(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | float, *,
-                   pool: Tensor | None = None) -> Tensor:
+def debiased_value(
+    norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | float, *, pool: Tensor | int | None = None
+) -> Tensor:
     """Return GS - 1/2 sum a x^2, summed over pools: (), exactly 0 if and only if every pool is within its budget.
 
     It is summed without the cancellation of that difference. Arguments, gradient and errors are those of `value`.
@@ -71,8 +76,17 @@ def debiased_value(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tenso
 
 
 @torch.no_grad()
-def scale(norms: Tensor, step: Tensor | float, a: Tensor | float, d: Tensor | float, k: Tensor | float, *,
-          pool: Tensor | None = None, debiased: bool = False, out: Tensor | None = None) -> Tensor:
+def scale(
+    norms: Tensor,
+    step: Tensor | float,
+    a: Tensor | float,
+    d: Tensor | float,
+    k: Tensor | float,
+    *,
+    pool: Tensor | int | None = None,
+    debiased: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
     """Return the factors (m,) in [0, 1] for which w_j <- scale_j w_j is the prox of step · GS, or of step · D.
 
     step: learning rate × strength, a number, () or (m,) and then constant within a pool; the rest is as in `value`.
@@ -84,14 +98,13 @@ def scale(norms: Tensor, step: Tensor | float, a: Tensor | float, d: Tensor | fl
     outside 0..p-1, or step · a >= 1 in the de-biased form, whose prox is then not single-valued. Values are checked on
     the CPU only. Elsewhere every factor is 1 if any norm is not finite, and step · a is held below 1.
     """
-    _check("step", step, "learning rate times strength must be finite and not negative")
+    newton.check("step", step, "learning rate times strength must be finite and not negative")
     problem = replace(_problem(norms, a, d, k, pool), step=_per_group("step", step, norms), debiased=debiased)
     if debiased:
-        _check_single_valued(step, a)
+        newton.check_single_valued(problem)
     factors = torch.empty_like(problem.norms) if out is None else out
-    if (eta := _common_multiplier(problem)) is not None:
-        shared = float(_Part(problem, slice(0, 0)).ridge())
-        return threshold.factors_(factors, problem.norms, eta, shared, debiased=debiased)
+    if threshold.solve_(factors, problem) or newton.solve_(factors, problem):
+        return factors
     sound = torch.isfinite(problem.norms.amax()) if not factors.is_cpu and factors.numel() > 0 else None
     root = _settled(problem, _root(problem))
     for part in problem.parts():
@@ -101,22 +114,23 @@ def scale(norms: Tensor, step: Tensor | float, a: Tensor | float, d: Tensor | fl
     return factors if sound is None else factors.masked_fill_(~sound, 1.0)
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Groups in pools, each pool with its budget."""
+class _Problem(newton.Problem):
+    """Groups in pools, passed over in chunks."""
 
-    norms: Tensor  # (m,)
-    step: Tensor  # (m,) or (1,)
-    a: Tensor  # (m,) or (1,)
-    d: Tensor  # (m,) or (1,)
-    budget: Tensor  # (p,) float64
-    pool: Tensor | None  # (m,)
-    noise: Tensor  # (p,) the relative rounding error to expect of a sum over the pool
-    debiased: bool = False
+    @cached_property
+    def noise(self) -> Tensor:
+        """The relative rounding error to expect of sums: pairwise over one pool, group by group over several: (p,)."""
+        if self.pool is None:
+            return self.per_pool(16 * _EPS)
+        if isinstance(self.pool, int):
+            return self.per_pool((self.pool**0.5 + 16) * _EPS)
+        one = self.budget.new_ones(1).expand(self.pool.numel())
+        return self.per_pool().scatter_add_(0, self.pool.long(), one).sqrt_().add_(16).mul_(_EPS)
 
     def parts(self) -> Iterator["_Part"]:
         """Yield the groups in chunks, so that what is computed on the way stays small."""
-        length = _CHUNK_CPU if self.norms.is_cpu else _CHUNK_DEVICE
+        length, size = _CHUNK_CPU if self.norms.is_cpu else _CHUNK_DEVICE, self.pool
+        length = max(length - length % size, size) if isinstance(size, int) else length  # no pool is in two chunks
         for start in range(0, self.norms.numel(), length):
             yield _Part(self, slice(start, min(start + length, self.norms.numel())))
 
@@ -149,20 +163,31 @@ class _Part:
     def spread(self, per_pool: Tensor) -> Tensor:
         """Give every group the number of its pool: (p,) -> (n,), or (1,) where there is one pool."""
         pool = self.problem.pool
+        if isinstance(pool, int):
+            return self._own(per_pool, pool).repeat_interleave(pool)
         return per_pool if pool is None else per_pool.index_select(0, pool[self.span])
+
+    def _own(self, per_pool: Tensor, size: int) -> Tensor:
+        """Return the entries of the pools in the chunk, which are of this size."""
+        return per_pool[self.span.start // size : self.span.stop // size]
 
     def add_(self, per_pool: Tensor, values: Tensor) -> None:
         """Add the (n,) values to the sums of their pools."""
         pool = self.problem.pool
         if pool is None:
             per_pool.add_(values.sum())
+        elif isinstance(pool, int):
+            self._own(per_pool, pool).add_(values.view(-1, pool).sum(1))
         else:
             per_pool.scatter_add_(0, pool[self.span].long(), values)
 
     def reduce_(self, per_pool: Tensor, values: Tensor, reduce: str) -> None:
         """Lower ("amin") or raise ("amax") the extremes of the pools to the (n,) values."""
         pool = self.problem.pool
-        if pool is not None:
+        if isinstance(pool, int):
+            values = values.view(-1, pool)
+            self._own(per_pool, pool).copy_(values.amin(1) if reduce == "amin" else values.amax(1))
+        elif pool is not None:
             per_pool.scatter_reduce_(0, pool[self.span].long(), values, reduce)
         elif reduce == "amin":
             per_pool.clamp_(max=values.amin())
@@ -223,20 +248,13 @@ def _guess(problem: _Problem, largest: Tensor, otherwise: Tensor) -> Tensor:
     stride = problem.norms.numel() // _SAMPLE
     if problem.pool is not None or stride < 32:
         return otherwise
-    norms, step, a, d = (given if given.numel() == 1 else given[::stride].contiguous()
-                         for given in (problem.norms, problem.step, problem.a, problem.d))
+    norms, step, a, d = (
+        given if given.numel() == 1 else given[::stride].contiguous()
+        for given in (problem.norms, problem.step, problem.a, problem.d)
+    )
     budget = problem.budget * (norms.numel() / problem.norms.numel())
     root = _root(replace(problem, norms=norms, step=step, a=a, d=d, budget=budget))
     return torch.where(root.slack | (root.eta <= 0), otherwise, root.eta * (largest / root.largest))
-
-
-def _common_multiplier(problem: _Problem) -> float | None:
-    """Return eta, of the norms as they are, for one large pool of alike groups on the CPU; None for any other."""
-    alike = problem.pool is None and all(each.numel() == 1 for each in (problem.step, problem.a, problem.d))
-    if not alike or not problem.norms.is_cpu or problem.norms.numel() < threshold.LEAST_GROUPS:
-        return None
-    b = float(_Part(problem, slice(0, 0)).offset())
-    return threshold.multiplier(problem.norms, b, float(problem.budget / problem.d))
 
 
 def _search(problem: _Problem, start: _Root, low: Tensor, high: Tensor) -> _Root:
@@ -320,17 +338,25 @@ class _Value(torch.autograd.Function):
         return outer[0] * gradient, None, None
 
 
-def _problem(norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | float, pool: Tensor | None) -> _Problem:
+def _problem(
+    norms: Tensor, a: Tensor | float, d: Tensor | float, k: Tensor | float, pool: Tensor | int | None
+) -> _Problem:
     """Bring all to shape, and check what can be checked without reading a device."""
     if norms.dim() != 1 or not norms.is_floating_point():
         raise ValueError(f"norms are {norms.dtype} of shape {tuple(norms.shape)}; give floats of shape (m,)")
-    _check("norms", norms, "they must be finite and not negative: skip the step that made them so")
-    _check("a", a, "weights must be finite and above 0", above=0.0)
-    _check("d", d, "costs must be finite and above 0", above=0.0)
+    newton.check("norms", norms, "they must be finite and not negative: skip the step that made them so")
+    newton.check("a", a, "weights must be finite and above 0", above=0.0)
+    newton.check("d", d, "costs must be finite and above 0", above=0.0)
     budget = _budget(norms, k, pool)
     pool = None if budget.numel() == 1 else pool
-    return _Problem(norms.detach(), _per_group("step", 0.0, norms), _per_group("a", a, norms),
-                    _per_group("d", d, norms), budget, pool, _noise(budget, pool))
+    return _Problem(
+        norms.detach(),
+        _per_group("step", 0.0, norms),
+        _per_group("a", a, norms),
+        _per_group("d", d, norms),
+        budget,
+        pool,
+    )
 
 
 def _per_group(name: str, given: Tensor | float, norms: Tensor) -> Tensor:
@@ -344,57 +370,19 @@ def _per_group(name: str, given: Tensor | float, norms: Tensor) -> Tensor:
     return given[:1] if large and torch.equal(*given.aminmax()) else given
 
 
-def _budget(norms: Tensor, k: Tensor | float, pool: Tensor | None) -> Tensor:
+def _budget(norms: Tensor, k: Tensor | float, pool: Tensor | int | None) -> Tensor:
     """Return the budget of each pool: (p,) float64."""
-    _check("k", k, "a budget is never negative", finite=False)
+    newton.check("k", k, "a budget is never negative", finite=False)
     given = k.detach().to(norms.device, torch.float64) if isinstance(k, Tensor) else _per_group("k", k, norms)[0]
     pools = 1 if pool is None else given.numel()
-    if pool is not None and given.dim() == 0:  # off the CPU the ids cannot be read: as many pools as groups, at most
+    if isinstance(pool, int):
+        if pool < 1 or norms.numel() % pool:
+            raise ValueError(f"{norms.numel()} groups do not make pools of {pool}; give a size that divides them")
+        pools = norms.numel() // pool
+    elif pool is not None and given.dim() == 0:  # the ids off the CPU cannot be read: at most as many pools as groups
         pools = int(pool.max()) + 1 if pool.is_cpu and pool.numel() > 0 else norms.numel()
     if given.dim() > 1 or given.numel() not in (1, pools):
         raise ValueError(f"k has shape {tuple(given.shape)} for {pools} pools; give one budget per pool, or one")
-    if pool is not None:
-        _check_pool(norms, pool, pools)
+    if isinstance(pool, Tensor):
+        newton.check_ids(norms, pool, pools)
     return given.reshape(-1).expand(pools).contiguous()
-
-
-def _noise(budget: Tensor, pool: Tensor | None) -> Tensor:
-    """Return the rounding error of sums that run pairwise over one pool, and group by group over several."""
-    if pool is None:
-        return torch.full_like(budget, 16 * _EPS)
-    sizes = torch.zeros_like(budget).scatter_add_(0, pool.long(), budget.new_ones(1).expand(pool.numel()))
-    return sizes.sqrt_().add_(16).mul_(_EPS)
-
-
-def _check_pool(norms: Tensor, pool: Tensor, pools: int) -> None:
-    """Raise ValueError if a group has no pool, or (on the CPU) one out of range."""
-    if pool.shape != norms.shape or pool.is_floating_point():
-        raise ValueError(f"pool is {pool.dtype} of shape {tuple(pool.shape)}; give one integer per group")
-    if pool.is_cpu and pool.numel() > 0:
-        low, high = (int(bound) for bound in pool.aminmax())
-        if low < 0 or high >= pools:
-            raise ValueError(f"found pool ids from {low} to {high}; they must lie in 0..{pools - 1}")
-
-
-def _check(name: str, given: Tensor | float, remedy: str, *, above: float = -1.0, finite: bool = True) -> None:
-    """Raise ValueError if a number, or a tensor on the CPU, is nan, below 0 or (if `above` is 0) 0, or inf."""
-    if isinstance(given, Tensor):
-        if not given.is_cpu or given.numel() == 0:
-            return
-        low, high = (float(bound) for bound in given.detach().aminmax())
-    else:
-        low = high = float(given)
-    valid = low > 0 if above == 0 else low >= 0
-    if not valid or (finite and high == torch.inf):
-        raise ValueError(f"found {name} from {low} to {high}; {remedy}")
-
-
-def _check_single_valued(step: Tensor | float, a: Tensor | float) -> None:
-    """Raise ValueError if step · a reaches 1, where the de-biased prox stops being single-valued."""
-    steps, weights = (given.reshape(-1) if isinstance(given, Tensor) else torch.tensor([given], dtype=torch.float64)
-                      for given in (step, a))
-    if steps.is_cpu and weights.is_cpu and (product := steps * weights).numel() > 0 and float(product.max()) >= 1:
-        worst = int(product.argmax())
-        first, second = (float(given[worst if given.numel() > 1 else 0]) for given in (steps, weights))
-        raise ValueError(f"step {first} × a {second} must stay below 1 in the de-biased form; "  # noqa: RUF001
-                         "lower the learning rate or the strength")

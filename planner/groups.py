@@ -57,6 +57,21 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """The ids of many small members: one call for all of them saves the time that launching many takes."""
+
+    ids: Tensor  # of all members, one after another
+    once: Tensor  # the same without repetitions: a filter, its bias and its normalisation have one and the same
+    lengths: list[int]  # of what `once` consists of
+    uses: list[tuple[int, torch.Size | None]]  # per member: which of them, and its shape if it is no vector
+
+    def spread(self, per_group: Tensor) -> list[Tensor]:
+        """Give every weight of every member the number of its group: (m + 1,) -> broadcastable to the weights."""
+        pieces = torch.split(per_group[self.once], self.lengths)
+        return [pieces[i] if shape is None else pieces[i].view(shape) for i, shape in self.uses]
+
+
+@dataclass(frozen=True)
 class Groups:
     """m groups, numbered in the order of their structures; holds ids, never weights.
 
@@ -68,7 +83,7 @@ class Groups:
     members: tuple[Member, ...]
     structure: Tensor  # (m,) int64: the position of the structure that each group belongs to
     shards: tuple[ProcessGroup, ...] = ()  # the processes that hold parts of the split members
-    joined: Tensor | None = None  # the ids of all members one after another, where they are few
+    joined: Joined | None = None  # of all members, where they are few
 
     @property
     def count(self) -> int:
@@ -84,9 +99,10 @@ class Groups:
         """Return the Euclidean norm of each group, (m,), in float32: new, or the first m of `out`, (m + 1,)."""
         if self.joined is not None:
             sums = torch.zeros(self.count + 1, device=self.structure.device) if out is None else out.zero_()
-            values = [_norm(member, parameters[member.tensor]).flatten() for member in self.members]
-            if values:
-                _add_(sums, self.joined, torch.cat(values).square_())
+            norms = [_norm(member, parameters[member.tensor]) for member in self.members]
+            if norms:
+                values = [each if each.dim() == 1 else each.flatten() for each in norms]
+                _add_(sums, self.joined.ids, torch.cat(values).square_())
             return sums[:-1].sqrt_()
         if out is not None and self._alone:
             for member in self.members:
@@ -123,10 +139,7 @@ class Groups:
         gathers = self.joined is not None or any(member.span is None for member in self.members)
         padded = torch.cat([scale, scale.new_ones(1)]) if gathers else scale
         if self.joined is not None and self.members:
-            pieces = torch.split(padded[self.joined], [member.ids.numel() for member in self.members])
-            of = zip(pieces, self.members, strict=True)
-            factors = [piece if m.ids.dim() == 1 else piece.view(m.ids.shape) for piece, m in of]
-            torch._foreach_mul_([parameters[member.tensor] for member in self.members], factors)
+            torch._foreach_mul_([parameters[member.tensor] for member in self.members], self.joined.spread(padded))
             return
         for member in self.members:
             for part, weights in member.parts(local(parameters[member.tensor])):
@@ -135,7 +148,9 @@ class Groups:
     def to(self, device: torch.device) -> "Groups":
         """Return the groups with their ids on another device."""
         members = tuple(replace(member, ids=member.ids.to(device)) for member in self.members)
-        joined = None if self.joined is None else self.joined.to(device)
+        joined = None
+        if self.joined is not None:
+            joined = replace(self.joined, ids=self.joined.ids.to(device), once=self.joined.once.to(device))
         return replace(self, members=members, structure=self.structure.to(device), joined=joined)
 
 
@@ -187,8 +202,21 @@ def group(structures: Sequence[Structure], model: nn.Module) -> Groups:
     few = not any(m.split for m in members) and sum(m.ids.numel() for m in members) <= _JOINED
     few = few and sum(parameters[m.tensor].numel() for m in members) <= _CHUNK_DEVICE
     few = few and all(parameters[m.tensor].dtype == torch.float32 for m in members)  # others are faster in chunks
-    joined = torch.cat([torch.zeros(0, dtype=torch.int64), *(m.ids.flatten() for m in members)]) if few else None
-    return Groups(tuple(structures), tuple(members), owner, shards, joined).to(device)
+    return Groups(tuple(structures), tuple(members), owner, shards, _joined(members) if few else None).to(device)
+
+
+def _joined(members: Sequence[Member]) -> Joined:
+    """Return the ids of members that are on the CPU."""
+    every = [member.ids.flatten() for member in members]
+    once: dict[bytes, Tensor] = {}
+    places: dict[bytes, int] = {}
+    uses = []
+    for member, ids in zip(members, every, strict=True):
+        key = ids.numpy().tobytes()
+        once.setdefault(key, ids)
+        uses.append((places.setdefault(key, len(places)), None if member.ids.dim() == 1 else member.ids.shape))
+    none, different = torch.zeros(0, dtype=torch.int64), list(once.values())
+    return Joined(torch.cat([none, *every]), torch.cat([none, *different]), [len(ids) for ids in different], uses)
 
 
 def _member(tensor: str, ids: Tensor, parameter: Tensor, total: int) -> Member:

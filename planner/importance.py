@@ -40,11 +40,18 @@ def magnitude(model: nn.Module, graph: Graph, candidates: Candidates) -> Importa
     parameters = dict(model.named_parameters())
     widths = {}
     for name, counts in candidates.items():
-        squares = group([Filter(graph.width[name])], model).norms(parameters).square().sort(descending=True).values
+        squares = _squares(graph.width[name], model, parameters).sort(descending=True).values
         share = squares.cumsum(0) / squares.sum().clamp_min(1e-30)
         widths[name] = {count: max(0.0, 1 - float(share[count - 1])) for count in counts}
     blocks = {block.name: 1.0 for block in graph.blocks if not block.frozen}
     return Importance("magnitude", widths, blocks, {block.stage: 0.5 for block in graph.blocks if not block.frozen})
+
+
+def _squares(width: Width, model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return the squared norm of each channel; ones where the model has no weights, on the meta device."""
+    if next(iter(parameters.values())).is_meta:
+        return torch.ones(width.size)
+    return group([Filter(width)], model).norms(parameters).square()
 
 
 def questions(graph: Graph, candidates: Candidates) -> int:

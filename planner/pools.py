@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from planner.graph import Graph
 from planner.groups import Groups, group
 from planner.spec import Plan
-from planner.structures import NM, Depth, Filter, Structure
+from planner.structures import NM, Depth, Structure, of_width
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Share:
 class Pools:
     """The groups of a plan with their WGSEF weights a, costs d, pool ids, (m,) each, and budgets k, (p,), in float64.
 
-    In float32 a budget that is a sum of costs could round below the sum.
+    In float32 a budget that is a sum of costs could round below the sum. `layout` says the same as the ids, shorter.
     """
 
     names: tuple[str, ...]  # of shares; N:M has many pools in one share
@@ -55,6 +55,14 @@ class Pools:
     d: Tensor
     pool: Tensor
     k: Tensor
+    size: int = 0  # of every pool, where all are of one size and lie one after another
+
+    @property
+    def layout(self) -> Tensor | int | None:
+        """The pools as `planner.envelope` takes them: (m,) ids, or the one size of all, or None for one pool."""
+        if len(self.k) == 1:
+            return None
+        return self.size or self.pool
 
     def costs(self, kept: Tensor) -> Tensor:
         """Return the cost of the groups `kept`, (m,) bool, in each pool, (p,) float64."""
@@ -98,6 +106,7 @@ def pooled(shares: Sequence[Share], model: nn.Module) -> Pools:
             first + (torch.arange(share.size) // share.run if share.run else torch.zeros(share.size, dtype=torch.int64))
         )
         first += count
+    sizes = {share.run or share.size for share in shares}
     budgets = [share.structures[0].n if isinstance(share.structures[0], NM) else share.budget for share in shares]
     repeats = torch.tensor(counts, dtype=torch.int64)
     return Pools(
@@ -108,6 +117,7 @@ def pooled(shares: Sequence[Share], model: nn.Module) -> Pools:
         per_group([d for share in shares for d in share.costs]),
         torch.cat(ids).to(device),
         torch.tensor(budgets, dtype=torch.float64).repeat_interleave(repeats).to(device),
+        size=sizes.pop() if len(sizes) == 1 else 0,
     )
 
 
@@ -115,7 +125,7 @@ def pools(plan: Plan, model: nn.Module, graph: Graph) -> Pools:
     """Return the pools of `plan` as tensors on the model's device."""
 
     def structure(kind: str, name: str) -> Structure:
-        return Filter(graph.width[name]) if kind == "filter" else Depth(graph.block[name])
+        return Depth(graph.block[name]) if kind == "depth" else of_width(graph.width[name])
 
     shares = [
         Share(p.name, tuple(structure(p.structure, name) for name in p.members), p.weights, p.costs, p.budget)

@@ -25,6 +25,7 @@ from profiles.errors import PlanError
 
 Terms = dict[int, float]  # variable -> coefficient
 _INFINITY = float("inf")
+TIME_LIMIT_S = 60.0  # then the best plan found is returned, with the gap to its bound
 
 
 @dataclass
@@ -125,15 +126,16 @@ class Program:
             integrality=np.array(self.integral, int),
             bounds=Bounds(0, 1),
             constraints=_constraint(rows, len(c)),
-            options={"mip_rel_gap": 0.0},
+            options={"mip_rel_gap": 0.0, "time_limit": TIME_LIMIT_S},
         )
         if result.status == 2:
             return None
-        if result.x is None or result.status != 0:
+        if result.x is None or result.status not in (0, 1):  # 1: out of time, with a bound
             raise PlanError(f"the solver stopped without an optimal plan: {result.message}")
         value = float(result.fun) * scale
         bound = value if result.mip_dual_bound is None else float(result.mip_dual_bound) * scale
-        proof = Proof(status="optimal", objective=value, bound=bound, gap=float(result.mip_gap or 0.0))
+        status = "optimal" if result.status == 0 else "out of time"
+        proof = Proof(status=status, objective=value, bound=bound, gap=float(result.mip_gap or 0.0))
         return self._choice(result.x), proof
 
     def _choice(self, x: np.ndarray) -> Choice:

@@ -106,6 +106,7 @@ class Proximal:
         self._full = state.costs(torch.ones_like(state.pool, dtype=torch.bool))
         self._a, self._d = _alike(state.a), _alike(state.d)
         self._pool = None if len(state.k) == 1 else state.pool
+        self._layout = state.layout
         self._norms = torch.zeros(state.groups.count + 1, device=state.d.device)  # kept: a new one costs page faults
         self._kept: Tensor | None = None
         self._skipped = torch.zeros((), dtype=torch.int64, device=state.d.device)
@@ -157,7 +158,7 @@ class Proximal:
             weights.scale_(self._agreed(Problem(r, state.a, self._d, k, self._pool).usage(weights.sums)))
             return
         sizes = size if metric is None else metric.sizes(size)
-        factors = envelope.scale(norms, sizes, self._a, self._d, k, pool=self._pool, debiased=self._debiased, out=norms)
+        factors = envelope.scale(norms, sizes, self._a, self._d, k, pool=self._layout, debiased=self._debiased, out=norms)
         state.groups.scale_(self._parameters, self._agreed(factors))
 
     def _agreed(self, per_group: Tensor) -> Tensor:

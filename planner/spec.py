@@ -116,6 +116,11 @@ class Plan(_Part):
         return Choice({width.name: width.keep for width in self.widths}, removed)
 
     @property
+    def lossless(self) -> bool:
+        """Whether removing what the plan cuts changes no output once its weights are zero."""
+        return all(width.lossless for width in self.widths if width.keep < width.dense)
+
+    @property
     def sha256(self) -> str:
         """The digest of the content."""
         return hashlib.sha256(canonical(self.model_dump(mode="json"))).hexdigest()

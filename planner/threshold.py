@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST_GROUPS", "factors_", "multiplier"]
+from planner.newton import Problem
 
-LEAST_GROUPS = 1 << 18  # from so many on it pays
+__all__ = ["LEAST_GROUPS", "factors_", "multiplier", "solve_"]
+
+LEAST_GROUPS = 1 << 15  # from so many on it pays
 
 _LONGEST = 4.0  # the b up to which the norms' own precision does for the multiplier
 _PASSES = 16  # at most, before the other search is tried; 2 or 3 are usual
@@ -23,6 +25,19 @@ _NARROW = 2e-3  # the relative half-width from which on counting pays
 _RANGE = {torch.float32: 1e30, torch.float64: 1e280}  # norms up to it have finite sums
 _ERROR = {torch.float32: 1e-7, torch.float64: 1e-14}  # allowed, relative to eta
 _LEAST_WIDTH = {torch.float32: 1e-6, torch.float64: 1e-13}  # well above the rounding of the thresholds
+
+
+def solve_(factors: Tensor, problem: Problem) -> bool:
+    """Fill the factors of the prox for one large pool of alike groups on the CPU; return False, else and in doubt."""
+    alike = problem.pool is None and all(each.numel() == 1 for each in (problem.step, problem.a, problem.d))
+    if not alike or not problem.norms.is_cpu or problem.norms.numel() < LEAST_GROUPS:
+        return False
+    ridge = float(problem.step) * float(problem.a)
+    b = ridge / (1 - ridge) if problem.debiased else ridge
+    eta = multiplier(problem.norms, b, float(problem.budget / problem.d))
+    if eta is not None:
+        factors_(factors, problem.norms, eta, ridge, debiased=problem.debiased)
+    return eta is not None
 
 
 def multiplier(norms: Tensor, b: float, budget: float) -> float | None:

@@ -2,11 +2,13 @@
 
     python tools/bench_envelope.py [--max-groups 10000000] [--json]
 
-One thread, float32. Times are CPU times: of the root search the least of several runs, side by side the medians of runs
-in turns. Exit 1 if a limit is missed. The limit of the time per group needs --max-groups 100000000.
+One thread for all, float32. Times are CPU times: of the root search the least of several runs, side by side the medians
+of runs in turns. Exit 1 if a limit is missed. The limit of the time per group needs --max-groups 100000000. ModOpt and
+pyproximal are measured where they are installed: `pip install modopt pyproximal`.
 """
 
 import copy
+import importlib
 import importlib.util
 import json
 import statistics
@@ -18,9 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch_pruning
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -29,7 +33,7 @@ from planner import envelope
 from planner.graph import trace
 from planner.pools import Pools, Share, pooled
 from planner.prox import Proximal, Schedule
-from planner.structures import Filter, Head, Structure, Weight
+from planner.structures import Filter, Rows, Structure, Weight
 from tools.examples.cifar10 import resnet20
 
 MAX_TIME_RATIO = 1.5  # of the time per group, 1e8 groups against 1e6
@@ -38,6 +42,7 @@ MAX_PER_WEIGHT_STEP = 4.0
 MAX_TRAINING_STEP = 1.05  # of the same training step without the proximal step, ResNet-20 at batch 128
 MAX_OF_OTHERS = 0.2  # of the time of others for the same job
 MAX_EXTRA_VECTORS = 4.0  # vectors of as many float32 as there are groups; the result is one of them
+OTHERS = ("modopt", "pyproximal")  # measured where they are installed
 _SMALLEST_FOR_MEMORY = 10**7  # below it the chunks, of a fixed size, outweigh the vectors
 
 
@@ -80,7 +85,7 @@ def measured(name: str, groups: int, call: Callable[[], Tensor]) -> Row:
     return Row(name, groups, best, peak / (4 * groups) if peak is not None and groups >= _SMALLEST_FOR_MEMORY else None)
 
 
-def _cpu_s(call: Callable[[], Tensor]) -> float:
+def _cpu_s(call: Callable[[], object]) -> float:
     start = time.process_time()
     call()
     return time.process_time() - start
@@ -104,49 +109,25 @@ def _norms(groups: int, seed: int = 0) -> Tensor:
     return torch.empty(groups).log_normal_(generator=torch.Generator().manual_seed(seed))
 
 
-def _sizes(max_groups: int) -> list[int]:
-    return [10**power for power in range(4, 9) if 10**power <= max_groups]
-
-
-def prox(max_groups: int) -> Iterator[Row]:
-    """The prox of one pool, three tenths of which may remain."""
-    for groups in _sizes(max_groups):
-        norms = _norms(groups)
-        yield measured("prox", groups, partial(envelope.scale, norms, 0.01, 1.0, 1.0, 0.3 * groups))
-
-
-def debiased_prox(max_groups: int) -> Iterator[Row]:
-    """The de-biased prox of the same pool."""
-    for groups in _sizes(max_groups):
-        norms = _norms(groups)
-        call = partial(envelope.scale, norms, 0.01, 1.0, 1.0, 0.3 * groups, debiased=True)
-        yield measured("de-biased prox", groups, call)
-
-
-def prox_with_costs(max_groups: int) -> Iterator[Row]:
-    """The prox of one pool whose groups differ in weight and cost."""
-    for groups in _sizes(max_groups):
+def one_pool(max_groups: int) -> Iterator[Row]:
+    """The prox and the value of one pool, three tenths of which may remain."""
+    for groups in [10**power for power in range(4, 9) if 10**power <= max_groups]:
         norms, a, d = (_norms(groups, seed) for seed in range(3))
-        k = 0.3 * float(d.sum())
-        yield measured("prox with a, d", groups, partial(envelope.scale, norms, 0.01, a, d, k))
+        k, share = 0.3 * groups, 0.3 * float(d.sum())
+        yield measured("prox", groups, partial(envelope.scale, norms, 0.01, 1.0, 1.0, k))
+        yield measured("de-biased prox", groups, partial(envelope.scale, norms, 0.01, 1.0, 1.0, k, debiased=True))
+        yield measured("prox with a, d", groups, partial(envelope.scale, norms, 0.01, a, d, share))
+        yield measured("value", groups, partial(envelope.value, norms, 1.0, 1.0, k))
+        yield measured("value with a, d", groups, partial(envelope.value, norms, a, d, share))
 
 
-def prox_of_fours(max_groups: int) -> Iterator[Row]:
+def pools_of_four(max_groups: int) -> Iterator[Row]:
     """The prox of pools of four of which two may remain, as in 2:4 sparsity; a million weights."""
     groups = min(10**6, max_groups)
-    norms, pool = _norms(groups), torch.arange(groups) // 4
-    k = torch.full((groups // 4,), 2.0)
-    yield measured("prox, pools of 4", groups, partial(envelope.scale, norms, 0.01, 1.0, 1.0, k, pool=pool))
+    yield measured("prox, pools of 4", groups, partial(envelope.scale, _norms(groups), 0.01, 1.0, 1.0, 2.0, pool=4))
 
 
-def value(max_groups: int) -> Iterator[Row]:
-    """The value of one pool."""
-    for groups in _sizes(max_groups):
-        norms = _norms(groups)
-        yield measured("value", groups, partial(envelope.value, norms, 1.0, 1.0, 0.3 * groups))
-
-
-ROWS: list[Callable[[int], Iterator[Row]]] = [prox, debiased_prox, prox_with_costs, prox_of_fours, value]
+ROWS: list[Callable[[int], Iterator[Row]]] = [one_pool, pools_of_four]
 
 
 @dataclass(frozen=True)
@@ -165,11 +146,8 @@ def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, *, repeats:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
-            start = time.process_time()
-            for _ in range(repeats):
-                call()
-            times[name].append((time.process_time() - start) / repeats)
-    return {name: statistics.median(each[1:]) for name, each in times.items()}
+            times[name] += [_cpu_s(call) for _ in range(repeats)]
+    return {name: statistics.median(each[repeats:]) for name, each in times.items()}
 
 
 def _resnet50() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -221,7 +199,7 @@ def _per_weight(parameters: nn.ParameterDict) -> Callable[[], None]:
     """Return the proximal step with every weight a group, all in one pool; its parts are put together here."""
     norms = torch.empty(sum(parameter.numel() for parameter in parameters.values()))
     pieces = torch.split(norms, [parameter.numel() for parameter in parameters.values()])
-    views = [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters.values(), strict=True)]
+    views = list(map(Tensor.view_as, pieces, parameters.values()))
 
     @torch.no_grad()
     def step() -> None:
@@ -238,7 +216,7 @@ def beside_sgd() -> Iterator[Pair]:
     """The proximal step beside a step of SGD with momentum, on the parameters of ResNet-50."""
     parameters = _parameters()
     sgd = torch.optim.SGD(parameters.values(), lr=1e-9, momentum=0.9, foreach=True)
-    filters = [Head((name,), each.shape[0], 1) for name, each in parameters.items() if each.dim() == 4]
+    filters = [Rows((name,), each.shape[0], 1) for name, each in parameters.items() if each.dim() == 4]
     found = in_turns(
         {
             "filters": _proximal(_halving(filters, parameters), parameters).step,
@@ -272,7 +250,7 @@ def training_step() -> Iterator[Pair]:
         without()
         proximal.step()
 
-    found = in_turns({"with": with_proximal, "without": without}, rounds=15)
+    found = in_turns({"with": with_proximal, "without": without}, rounds=31)
     yield Pair("ResNet-20, training step", found["with"], "without the prox", found["without"], MAX_TRAINING_STEP)
 
 
@@ -293,6 +271,8 @@ def beside_others() -> Iterator[Pair]:
     """The proximal step on all widths of ResNet-20 beside the same job by others."""
     model, inputs = resnet20(), torch.randn(1, 3, 32, 32)
     pools = _halving([Filter(width) for width in trace(model, (inputs,)).cuttable], model)
+    parameters = dict(model.named_parameters())
+    pools.groups.scale_(parameters, _norms(pools.groups.count).sqrt_())  # they differ as those of trained filters do
     other = copy.deepcopy(model)
     importance = torch_pruning.importance.GroupMagnitudeImportance()
     pruner = torch_pruning.pruner.GroupNormPruner(other, inputs, importance=importance)
@@ -304,17 +284,40 @@ def beside_others() -> Iterator[Pair]:
         "torch-pruning GroupNormPruner.regularize": lambda: pruner.regularize(other),
         "group lasso in a Python loop": _plain_lasso(copy.deepcopy(model)),
     }
-    found = in_turns(calls, rounds=15, repeats=5)
+    found = in_turns(calls, rounds=15, repeats=15)
     for name in list(calls)[1:]:
         yield Pair("ResNet-20, filters", found["ours"], name, found[name], MAX_OF_OTHERS)
+    yield from _beside_proxes("ResNet-20, filters, only the prox", pools.groups.norms(parameters), pools)
+
+
+def _proxes(step: float) -> Iterator[tuple[str, Callable[[int, NDArray[np.float64]], object]]]:
+    """Yield the installed proxes, of the norms of one pool, that `envelope.scale` has for integer k and a = d = 1."""
+    if "modopt" not in missing():
+        modopt = importlib.import_module("modopt.opt.proximity")
+        yield "ModOpt KSupportNorm", lambda k, x: modopt.KSupportNorm(step, k).op(x)
+    if "pyproximal" not in missing():  # the de-biased form
+        envelopes = importlib.import_module("pyproximal")
+        yield "pyproximal QuadraticEnvelope", lambda k, x: envelopes.QuadraticEnvelopeCardIndicator(k).prox(x, step)
+
+
+def _beside_proxes(job: str, norms: Tensor, pools: Pools) -> Iterator[Pair]:
+    """The prox of given norms, all pools in one call, beside others', a call per pool."""
+    parts = [part.numpy() for part in torch.split(norms.double(), pools.pool.bincount().tolist())]
+    tasks = list(zip([int(k) for k in pools.k.tolist()], parts, strict=True))
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(lambda prox: [prox(k, part) for k, part in tasks], prox) for name, prox in _proxes(0.003)
+    }
+    ours = partial(envelope.scale, norms, 0.003, 1.0, 1.0, pools.k, pool=pools.layout, debiased=True)
+    found = in_turns({"ours": ours, **calls}, rounds=15, repeats=20)
+    yield from (Pair(job, found["ours"], name, found[name], MAX_OF_OTHERS) for name in calls)
 
 
 PAIRS: list[Callable[[], Iterator[Pair]]] = [beside_sgd, training_step, beside_others]
 
 
 def missing() -> list[str]:
-    """Return the packages with a k-support norm that were not measured: no project of ours needs them."""
-    return [name for name in ("pyproximal", "modopt") if importlib.util.find_spec(name) is None]
+    """Return the packages that cannot be measured: nothing else in the project needs them."""
+    return [name for name in OTHERS if importlib.util.find_spec(name) is None]
 
 
 def verdicts(rows: Sequence[Row], pairs: Sequence[Pair]) -> Iterator[Verdict]:
@@ -346,7 +349,7 @@ def _pairs_table(pairs: list[Pair]) -> Table:
         ours, theirs = f"{pair.cpu_s * 1e3:,.2f} ms", f"{pair.beside_s * 1e3:,.2f} ms"
         table.add_row(pair.name, ours, pair.beside, theirs, f"{pair.cpu_s / pair.beside_s:.3f}")
     for name in missing():
-        table.add_row("ResNet-20, filters", "", f"{name}, k-support norm", "not installed", "not measured")
+        table.add_row("ResNet-20, filters", "", name, "not installed", "not measured")
     return table
 
 

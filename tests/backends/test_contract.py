@@ -20,7 +20,7 @@ from profiles.errors import BackendUnavailable, BuildError
 from profiles.schema import Device, Dtype, Match, Profile
 from profiles.schema import Runtime as RuntimeTable
 
-NAMES = ("onnxruntime", "openvino", "pytorch")
+NAMES = ("executorch", "onnxruntime", "openvino", "pytorch", "tensorrt")
 IMAGE = (2, 3, 12, 12)
 
 
@@ -97,6 +97,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=NAMES)
 def runtime(request: pytest.FixtureRequest) -> Runtime:
+    if request.param == "tensorrt" and not torch.cuda.is_available():
+        pytest.skip("tensorrt needs a CUDA device, and PyTorch sees none")
     try:
         return backends.load(request.param)
     except BackendUnavailable as error:
@@ -114,7 +116,7 @@ def inputs() -> tuple[Tensor, ...]:
 
 
 def file_of(runtime: Runtime, folder: Path) -> Path:
-    return folder / ("model.safetensors" if runtime.NAME == "pytorch" else "model.onnx")
+    return folder / f"model{runtime.SUFFIX}"
 
 
 def profile_for(name: str, versions: str | None = None) -> Profile:
@@ -132,20 +134,22 @@ def test_the_known_runtimes_are_the_cases_of_this_file() -> None:
 
 
 def test_importing_backends_imports_no_runtime() -> None:
-    code = "import sys, backends; print(*({'onnx', 'onnxruntime', 'openvino'} & set(sys.modules)))"
+    heavy = {"onnx", "onnxruntime", "openvino", "executorch", "tensorrt", "torchao", "nncf"}
+    code = f"import sys, backends; backends.installed; print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize("name", ["tensorflow", "measure", "", "os", "../onnxruntime"])
 def test_an_unknown_runtime_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(BackendUnavailable, match="known are onnxruntime, openvino, pytorch"):
+    with pytest.raises(BackendUnavailable, match="known are executorch, onnxruntime, openvino, pytorch"):
         backends.load(name)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["executorch", "onnxruntime", "openvino", "tensorrt"])
 def test_a_missing_runtime_is_named_with_its_pip_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, f"{name}.version", None)
     with pytest.raises(BackendUnavailable, match=rf"pip install 'espalier\[{name}\]'"):
         backends.load(name)
     assert name not in backends.installed()
@@ -252,8 +256,8 @@ def test_a_bound_model_repeats_itself_and_keeps_its_own_inputs(
 
 
 def falsify(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    """Make both exporters write one weight wrongly."""
-    export, save = torch.onnx.export, safetensors.torch.save
+    """Make every exporter write one weight wrongly."""
+    export, program, save = torch.onnx.export, torch.export.export, safetensors.torch.save
 
     def scaled(weights: dict[str, Tensor]) -> bytes:
         return save({**weights, "11.weight": weights["11.weight"] * factor})
@@ -265,7 +269,13 @@ def falsify(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
         model[11].weight.data = true
         return done
 
+    def traced(model: nn.Module, *args: object, **settings: object) -> object:
+        if isinstance(model, nn.Sequential):  # a copy, and not the graph that is lowered later
+            model[11].weight.data = model[11].weight.data * factor
+        return program(model, *args, **settings)
+
     monkeypatch.setattr(torch.onnx, "export", exported)
+    monkeypatch.setattr(torch.export, "export", traced)
     monkeypatch.setattr(safetensors.torch, "save", scaled)
 
 
@@ -317,6 +327,15 @@ def test_an_artifact_opens_only_where_its_parity_was_shown(
     artifact = backends.load("onnxruntime").build(model, inputs, None, tmp_path / "model.onnx")
     with pytest.raises(BuildError, match="built and checked with onnxruntime, not openvino"):
         backends.load("openvino").session(artifact)
+
+
+def test_an_artifact_opens_only_with_the_version_that_it_was_checked_with(
+    runtime: Runtime, model: nn.Module, inputs: tuple[Tensor, ...], tmp_path: Path
+) -> None:
+    artifact = runtime.build(model, inputs, None, file_of(runtime, tmp_path))
+    older = artifact.model_copy(update={"runtime_version": "0.1"})
+    with pytest.raises(BuildError, match=rf"checked with {runtime.NAME} 0\.1, but .* is installed; build it again"):
+        runtime.session(older, model=model)
 
 
 def test_both_onnx_runtimes_may_share_one_file(model: nn.Module, inputs: tuple[Tensor, ...], tmp_path: Path) -> None:

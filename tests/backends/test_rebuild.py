@@ -1,6 +1,7 @@
 """The rebuilt model computes what the masked one does, whatever the net; what cannot be proven is refused."""
 
 import copy
+import os
 import random
 import re
 from importlib import import_module
@@ -86,14 +87,35 @@ def test_a_block_between_two_relus_leaves_nothing() -> None:
     assert type(dense.get_submodule("layer1.1")) is nn.Identity
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(steps=STEPS, seed=st.integers(0, 99))
-def test_random_nets_compute_what_masked_ones_do(steps: list[Step], seed: int) -> None:
+def assert_a_random_net_is_cut_rightly(steps: list[Step], seed: int) -> None:
     model = looking_trained(RandomNet(steps, torch.ones(PIXELS)), seed=seed).eval()
     graph = trace(model, (torch.ones(PIXELS),))
     kept, removed = drawn(graph, random.Random(seed))
     zeroed = masked(model, graph, kept, removed)
     assert difference(zeroed, cut(zeroed, graph, kept, removed), seed=seed) <= TOLERANCE
+
+
+EXAMPLES = 2000 if os.environ.get("ESPALIER_LONG") == "1" else 25
+
+
+@pytest.mark.timeout(7200 if EXAMPLES > 25 else 300)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(steps=STEPS, seed=st.integers(0, 99))
+def test_random_nets_compute_what_masked_ones_do(steps: list[Step], seed: int) -> None:
+    assert_a_random_net_is_cut_rightly(steps, seed)
+
+
+KEPT = {  # nets that were once wrong or refused without need
+    "halves of two channels": [Step("classes", 0, 0, 1), Step("glu", 0, 1, 3)],
+    "rolled": [Step("conv", 0, 0, 6), Step("rolled", 0, 0, 5)],
+    "pixels together and halved": [Step("conv", 0, 0, 1), Step("pixels together", 0, 0, 6), Step("glu", 1, 0, 1)],
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", KEPT)
+def test_nets_that_were_wrong_once_are_right(name: str, seed: int) -> None:
+    assert_a_random_net_is_cut_rightly(KEPT[name], seed)
 
 
 # --- the module that comes out ------------------------------------------------------------------------------------

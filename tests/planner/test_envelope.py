@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from planner import envelope, threshold
+from planner import envelope, newton, threshold
 
 F64 = torch.float64
 
@@ -193,25 +193,41 @@ def test_pools_are_solved_as_if_each_were_alone(dtype: torch.dtype, debiased: bo
     assert close(envelope.value(norms, a, d, 0.1 + k, pool=pool), total)
 
 
-@pytest.mark.parametrize("pool", [None, torch.arange(100) % 3])
-def test_chunks_do_not_show(pool: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pool", [None, torch.arange(100) % 3, 4, 20, 50])
+def test_chunks_do_not_show(pool: Tensor | int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     norms, a, d = random(100), 0.5 + random(100, seed=1), 0.5 + random(100, seed=2)
+    monkeypatch.setattr(newton, "_FEW", 0)
     whole = envelope.scale(norms, 0.3, a, d, 9.0, pool=pool), envelope.value(norms, a, d, 9.0, pool=pool)
     monkeypatch.setattr(envelope, "_CHUNK_CPU", 7)
     assert close(envelope.scale(norms, 0.3, a, d, 9.0, pool=pool), whole[0])
     assert close(envelope.value(norms, a, d, 9.0, pool=pool), whole[1])
 
 
+@pytest.mark.parametrize("size", [1, 4, 60])
+def test_the_size_of_all_pools_says_what_ids_say(size: int) -> None:
+    norms, a, d, k = random(60), 0.5 + random(60, seed=1), 0.5 + random(60, seed=2), size * random(60 // size, seed=3)
+    ids = torch.arange(60) // size
+    for function in (envelope.value, envelope.debiased_value):
+        first, second = norms.clone().requires_grad_(), norms.clone().requires_grad_()
+        by_size, by_ids = function(first, a, d, k, pool=size), function(second, a, d, k, pool=ids)
+        assert close(by_size, by_ids)
+        assert close(*(torch.autograd.grad(*each)[0] for each in ((by_size, first), (by_ids, second))))
+    for debiased in (False, True):
+        by_size, by_ids = (envelope.scale(norms, 0.3, a, d, k, pool=p, debiased=debiased) for p in (size, ids))
+        assert close(by_size, by_ids)
+
+
 @pytest.mark.parametrize("debiased", [False, True])
 def test_starting_from_a_sample_changes_nothing(debiased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(newton, "_FEW", 0)
     for seed in range(20):
         norms, a, d = normal(200, seed=seed).abs() ** 3, 0.5 + random(200, seed=1), 0.5 + random(200, seed=2)
         norms[:: 2 + seed] = 0.0  # also samples of nothing but zeros, and of pools within their budget
         for k in (0.0, 5.0, 100.0, 170.0):
-            monkeypatch.undo()
             whole = envelope.scale(norms, 0.3, a, d, k, debiased=debiased)
-            monkeypatch.setattr(envelope, "_SAMPLE", 5)
-            assert close(envelope.scale(norms, 0.3, a, d, k, debiased=debiased), whole)
+            with monkeypatch.context() as patch:
+                patch.setattr(envelope, "_SAMPLE", 5)
+                assert close(envelope.scale(norms, 0.3, a, d, k, debiased=debiased), whole)
 
 
 def test_a_pool_that_no_group_names_changes_nothing() -> None:
@@ -232,8 +248,8 @@ def test_a_budget_of_zero_scales_to_exact_zero_and_a_step_of_zero_leaves_all(deb
         assert envelope.scale(norms, 0.0, 1.0, 1.0, k, debiased=debiased).tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("pool", [None, torch.zeros(0, dtype=torch.long)])
-def test_no_groups_are_no_trouble(pool: Tensor | None) -> None:
+@pytest.mark.parametrize("pool", [None, torch.zeros(0, dtype=torch.long), 4])
+def test_no_groups_are_no_trouble(pool: Tensor | int | None) -> None:
     assert envelope.scale(torch.zeros(0), 0.1, 1.0, 1.0, 1, pool=pool).shape == (0,)
     assert envelope.value(torch.zeros(0), 1.0, 1.0, 1, pool=pool) == 0
 
@@ -273,11 +289,11 @@ class Elsewhere(Tensor):
         locals()[_name] = _refuse
 
 
-@pytest.mark.parametrize("pool", [None, torch.arange(60) % 7])
+@pytest.mark.parametrize("pool", [None, torch.arange(60) % 7, 5, 60])
 @pytest.mark.parametrize("debiased", [False, True])
-def test_a_device_is_never_read_and_agrees_with_the_cpu(pool: Tensor | None, debiased: bool) -> None:
+def test_a_device_is_never_read_and_agrees_with_the_cpu(pool: Tensor | int | None, debiased: bool) -> None:
     norms, d = random(60), 0.5 + random(60, seed=1)
-    there = None if pool is None else pool.as_subclass(Elsewhere)
+    there = pool.as_subclass(Elsewhere) if isinstance(pool, Tensor) else pool
     scale = envelope.scale(norms.as_subclass(Elsewhere), 0.2, 1.0, d, 2.5, pool=there, debiased=debiased)
     assert close(scale.as_subclass(Tensor), envelope.scale(norms, 0.2, 1.0, d, 2.5, pool=pool, debiased=debiased))
     value = envelope.value(norms.as_subclass(Elsewhere), 1.0, d, 2.5, pool=there)
@@ -295,6 +311,8 @@ def test_shapes_do_not_depend_on_values(k: Tensor | float) -> None:
     norms, pool = torch.ones(12, device="meta"), torch.ones(12, dtype=torch.long, device="meta")
     assert envelope.scale(norms, norms, norms, norms, k, pool=pool, debiased=True).shape == (12,)
     assert envelope.value(norms, norms, norms, k, pool=pool).shape == ()
+    assert envelope.scale(norms, norms, norms, norms, k, pool=4, debiased=True).shape == (12,)
+    assert envelope.value(norms, norms, norms, k, pool=4).shape == ()
 
 
 # --- errors ---
@@ -314,6 +332,9 @@ ERRORS: dict[str, dict[str, Any]] = {
     "k from nan": {"k": torch.tensor([torch.nan])},
     r"k has shape \(2,\) for 1 pools": {"k": torch.ones(2)},
     "step from -0.1": {"step": -0.1},
+    "2 groups do not make pools of 3; give a size that divides them": {"pool": 3},
+    "2 groups do not make pools of 0": {"pool": 0},
+    r"k has shape \(3,\) for 2 pools": {"pool": 1, "k": torch.ones(3)},
     r"pool is torch.int64 of shape \(3,\)": {"pool": torch.zeros(3, dtype=torch.long)},
     "pool is torch.float32": {"pool": torch.zeros(2)},
     r"pool ids from -1 to 0; they must lie in 0..0": {"pool": torch.tensor([0, -1])},
@@ -409,7 +430,9 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, *given: Any, **named: Any) -> tup
         patch.setattr(threshold, "_SAMPLE", 1 << 10)
         patch.setattr(threshold, "multiplier", seen)
         fast = envelope.scale(*given, **named)
-    return fast, envelope.scale(*given, **named), found[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(newton, "_FEW", 0)
+        return fast, envelope.scale(*given, **named), found[-1]
 
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}

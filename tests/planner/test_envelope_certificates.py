@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from planner import envelope
+from planner import envelope, newton
 
 Array = NDArray[Any]
 PROBLEMS, GROUPS = 1000, 24  # of each family
@@ -237,9 +237,10 @@ def test_the_root_search_stays_far_below_its_limit(
         evaluations.append(1)
         return original(*given)
 
+    monkeypatch.setattr(newton, "_FEW", 0)  # small problems are solved in numpy, see test_newton.py
     monkeypatch.setattr(envelope, "_spend", counted)
     factors(single_valued(batch) if debiased else batch, debiased=debiased)
-    assert len(evaluations) <= 18 < envelope._EVALUATIONS
+    assert 0 < len(evaluations) <= 18 < envelope._EVALUATIONS
 
 
 def exact_factors(x: list[int], root_a: list[int], root_d: list[int], step: Fraction, k: Fraction) -> list[Fraction]:
