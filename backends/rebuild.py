@@ -72,7 +72,7 @@ def cut(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str] = fr
 
 
 def _smaller(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str]) -> nn.Module:
-    masks = _masks(graph, kept)
+    masks = masks_of(graph, kept)
     exact = not any(graph.width[name].lossy for name in kept)
     proof = Proof(graph, zeroed(model, graph, kept, removed), exact=exact)
     choice = graph.choice({name: len(channels) for name, channels in kept.items()}, removed)
@@ -101,7 +101,7 @@ def zeroed(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str] =
     return masked
 
 
-def _masks(graph: Graph, kept: Kept) -> dict[tuple[str, int], Tensor]:
+def masks_of(graph: Graph, kept: Kept) -> dict[tuple[str, int], Tensor]:
     """Return for each cut axis of each tensor which elements stay."""
     masks: dict[tuple[str, int], Tensor] = {}
     for name, channels in kept.items():

@@ -216,6 +216,8 @@ class Runtime(Part):
     versions: Text | None = None
     """Versions for which the numbers hold: PEP 440 specifiers, alternatives joined by "||"."""
     layout: Text | None = None
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """What the backend is told beside the number format, e.g. the system configuration of a compiler."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -47,7 +47,7 @@ def test_profiles_do_not_import_torch() -> None:
 
 @pytest.mark.parametrize("package", ORDER)
 def test_importing_a_package_loads_no_runtime(package: str) -> None:
-    heavy = ("onnxruntime", "openvino", "onnx", "sklearn")
+    heavy = ("onnxruntime", "openvino", "onnx", "sklearn", "executorch", "torchao", "nncf", "tensorrt")
     code = f"import sys, {package}; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"

@@ -218,7 +218,12 @@ def rebuild(
 def compile_(
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="the compiled file")],
-    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime, openvino or pytorch")] = "onnxruntime",
+    runtime: Annotated[
+        str | None, typer.Option("--runtime", help="the runtime [default: the profile's, or onnxruntime]")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="number format and options [default: fp32]; int8 needs --data")
+    ] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="the plan that --weights were rebuilt with")] = None,
     weights: Weights = None,
     inputs: Inputs = None,
@@ -226,11 +231,10 @@ def compile_(
     as_json: AsJson = False,
 ) -> None:
     """Compile a rebuilt (or, without --plan, a dense) model, checked against PyTorch."""
-    from tools.stages import compiled
+    from tools.stages import compiled, told
 
-    artifact = compiled(model, out, runtime, plan=plan, weights=weights, inputs=inputs, data=data)
-    words = f"{out}: {artifact.size_bytes:,} bytes, largest difference to PyTorch {artifact.parity.max_rel:.1e}"
-    _print(as_json, artifact.model_dump(mode="json"), words)
+    artifact = compiled(model, out, runtime, profile=profile, plan=plan, weights=weights, inputs=inputs, data=data)
+    _print(as_json, artifact.model_dump(mode="json"), told(artifact))
 
 
 @app.command()

@@ -14,8 +14,6 @@ from planner.operations import Choice
 from profiles import Profile
 from tools.outcome import Interval, Row
 
-SUFFIX = {"pytorch": ".safetensors"}  # the other runtimes read ONNX
-
 
 @dataclass(frozen=True)
 class Contender:
@@ -74,7 +72,7 @@ def built(
     for runtime in names:
         for contender in contenders:
             progress(f"{contender.label} for {runtime}", len(artifacts), len(names) * len(contenders))
-            path = folder / f"{contender.file}{SUFFIX.get(runtime, '.onnx')}"
+            path = folder / f"{contender.file}{load(runtime).SUFFIX}"
             artifact = load(runtime).build(contender.model, inputs, None, path)
             artifact.save(folder / f"{contender.file}.{runtime}.json")
             artifacts[contender.label, runtime] = artifact

@@ -7,7 +7,8 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from backends import Artifact, Candidate, Measurement, compare, load, ratio
+import profiles
+from backends import Artifact, Candidate, Measurement, Samples, compare, load, ratio
 from backends.weights import load_rebuilt
 from planner import Plan
 from profiles.errors import EspalierError
@@ -26,23 +27,41 @@ def small_model(model: str, plan: Path | None, weights: Path | None) -> nn.Modul
 def compiled(
     model: str,
     out: Path,
-    runtime: str,
+    runtime: str | None,
     *,
+    profile: str | None = None,
     plan: Path | None,
     weights: Path | None,
     inputs: str | None,
     data: str | None,
 ) -> Artifact:
-    """Compile a model for a runtime and write its record beside it."""
-    if plan is not None and inputs is None and data is None:
+    """Compile a model for a runtime, as its profile asks if there is one, and write its record beside it."""
+    source = load_data(data) if data else None
+    if plan is not None and inputs is None and source is None:
         example = Plan.load(plan).inputs_like()
     else:
-        example = example_inputs(inputs, load_data(data).test if data else None)
-    built = load(runtime).build(small_model(model, plan, weights), example, None, out)
+        example = example_inputs(inputs, source.test if source else None)
+    device = profiles.load(profile) if profile else None
+    samples = Samples.of(source.train, source.test, like=example) if source and device else Samples()
+    backend = load(runtime or (device.runtime.name if device else "onnxruntime"))
+    built = backend.build(small_model(model, plan, weights), example, device, out, samples=samples)
     if plan is not None:
         built = built.model_copy(update={"plan_sha256": Plan.load(plan).sha256})
     built.save(out.with_name(out.name + ".json"))
     return built
+
+
+def told(artifact: Artifact) -> str:
+    """Return what an artifact says of itself, for the terminal."""
+    words = [
+        f"{artifact.path}: {artifact.size_bytes:,} bytes, {artifact.dtype}, largest difference to PyTorch "
+        f"{artifact.parity.max_rel:.1e}"
+    ]
+    if artifact.accuracy is not None:
+        words.append(f"accuracy {artifact.accuracy.artifact:.2%}, PyTorch {artifact.accuracy.pytorch:.2%}")
+    if artifact.estimate is not None:
+        words.append(f"{artifact.estimate.compiler} estimates {artifact.estimate.latency_s * 1e3:.3f} ms; not measured")
+    return "\n".join([*words, *artifact.remarks])
 
 
 def measured(
