@@ -58,7 +58,7 @@ def told(artifact: Artifact) -> str:
         f"{artifact.parity.max_rel:.1e}"
     ]
     if artifact.accuracy is not None:
-        words.append(f"accuracy {artifact.accuracy.artifact:.2%}, PyTorch {artifact.accuracy.pytorch:.2%}")
+        words.append(f"accuracy {artifact.accuracy.compiled:.2%}, PyTorch {artifact.accuracy.pytorch:.2%}")
     if artifact.estimate is not None:
         words.append(f"{artifact.estimate.compiler} estimates {artifact.estimate.latency_s * 1e3:.3f} ms; not measured")
     return "\n".join([*words, *artifact.remarks])
