@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -98,12 +99,18 @@ def _ratios(path: str, graph: Graph, masks: Masks) -> set[tuple[int, int]]:
     return {(size, keep) for size, keep in ratios if 0 < keep < size}
 
 
+_SAYS_SIZE = re.compile(r"head|dim|width|channel|feature|hidden|embed|plane|inner|groups|size")
+_SAYS_OTHER = re.compile(r"kernel|patch|window|image|img|vocab|batch|chunk|position|layer|per_|key_value_groups|rep")
+
+
 def _subsets(found: Mapping[_Key, object]) -> Iterator[frozenset[_Key]]:
-    """Return which attributes to change in each trial: none, all, then the others by size."""
+    """Return which attributes to change in each trial: those called like sizes, none, all, then the others by size."""
     keys = sorted(found, key=lambda key: (key[0].__name__, key[1]))
-    sizes = [0, len(keys), *range(1, len(keys))]
-    subsets = (frozenset(own) for size in dict.fromkeys(sizes) for own in itertools.combinations(keys, size))
-    return itertools.islice(subsets, _MOST_TRIALS)
+    called = frozenset(key for key in keys if _SAYS_SIZE.search(key[1]) and not _SAYS_OTHER.search(key[1]))
+    rest = (frozenset(own) for size in range(1, len(keys)) for own in itertools.combinations(keys, size))
+    return itertools.islice(
+        dict.fromkeys((called, frozenset[_Key](), frozenset(keys), *itertools.islice(rest, _MOST_TRIALS))), _MOST_TRIALS
+    )
 
 
 def _owners(dense: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module, str]]:
