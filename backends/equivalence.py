@@ -66,6 +66,8 @@ class Proof:
     def check(self, dense: nn.Module) -> float:
         """Return max|dense - masked| / max|masked| in evaluation mode; raises BuildError if it is too large."""
         worst = 0.0
+        _refuse_diverged(self._masked)
+        _refuse_diverged(dense)
         dense = self._precise(dense)
         for inputs, expected in self._batches:
             found = run(dense, inputs)
@@ -81,6 +83,12 @@ class Proof:
                     "exactly zero or the channels are used in a way that was not followed"
                 )
         return worst
+
+
+def _refuse_diverged(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise BuildError(f"{name} has weights that are not finite; the training diverged: lower its learning rate")
 
 
 def _comparable(found: Tensor, expected: Tensor) -> bool:
