@@ -309,10 +309,10 @@ def _padded(state: Propagation, track: Track, axis: int, width: tuple[int, ...],
 
 def index(state: Propagation, node: Node) -> Value:
     """x[:, indices, :] with index tensors side by side: the indexed axes cannot be cut."""
-    given: Any = node.args[1]
-    places = [i for i, one in enumerate(given) if one is not None]
     if kind(node) == "index_select":
         return _indexed(state, node, [arg(node, 1, "dim") % len(shape(node))], 1)
+    given: Any = node.args[1]
+    places = [i for i, one in enumerate(given) if one is not None]
     if not places or places != list(range(places[0], places[-1] + 1)):
         return unknown(state, node)
     grown = len(shape(node)) - (len(shape(node.args[0])) - len(places))

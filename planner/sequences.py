@@ -23,7 +23,7 @@ def attention(state: Propagation, node: Node) -> Value:
             for t in state.of(argument)
         )
         size = list(shape(argument))
-        if heads > 1:
+        if heads > 1 and size[dims - 3] > 1:  # one head of keys for all is broadcast
             size[dims - 3] *= heads
         return spread, tuple(size), []
 

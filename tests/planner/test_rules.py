@@ -233,9 +233,12 @@ CASES: dict[str, Case] = {
     "halves gate each other": Case(lambda: image(lambda net, x: F.glu(x, 1), 4), {"one": (4, None)}),
     "both halves alike": Case(lambda: image(lambda net, x: x[:, ::2] * x[:, 1::2], 4), {"one": (4, None)}),
     "maxout": Case(lambda: image(lambda net, x: x.unflatten(1, (4, 2)).amax(2), 4), {"one": (4, None)}),
-    "pixels selected": Case(lambda: image(lambda net, x: x.index_select(3, torch.tensor([0, 5, 2]))[:, :, [1, 4]]), FREE),
+    "pixels selected": Case(
+        lambda: image(lambda net, x: x.index_select(3, torch.tensor([0, 5, 2]))[:, :, [1, 4]]), FREE
+    ),
     "channels selected": Case(
-        lambda: image(lambda net, x: x.index_select(1, torch.tensor([0, 5, 2])), 3), {"one": (8, "indexed by index_select at ")}
+        lambda: image(lambda net, x: x.index_select(1, torch.tensor([0, 5, 2])), 3),
+        {"one": (8, "indexed by index_select at ")},
     ),
     "stacked": Case(lambda: image(lambda net, x: torch.stack([x, -x], 1).flatten(1, 2), 16), FREE),
     "repeated": Case(lambda: image(lambda net, x: x.repeat(1, 2, 1, 1), 16), FREE),
@@ -361,3 +364,12 @@ def test_a_layer_norm_is_cut_where_it_is_allowed_to_differ() -> None:
     assert re.match(r"normalised over by layer_norm at /.*nets\.py:\d+", graph.width["one"].lossy or "")
     dense = cut(model, graph, {"one": torch.arange(5)})
     assert dense(torch.ones(TOKENS)).shape == (2, 5, 2)
+
+
+def test_a_model_without_data_has_the_same_graph() -> None:
+    _, graph = example("linear by heads")
+    with torch.device("meta"):
+        model = CASES["linear by heads"].make()
+        found = trace(model, (torch.ones(TOKENS),))
+    assert found.fingerprint == graph.fingerprint
+    assert [(width.name, width.size) for width in found.widths] == [(width.name, width.size) for width in graph.widths]
