@@ -1,6 +1,7 @@
 """Putting right what is written in the nodes of a graph, once it is known which elements of its tensors stay."""
 
 import itertools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,10 +162,18 @@ class Editor:
             if not 0 <= index < len(sizes) or sizes[index] == -1:
                 continue
             free = not any(size == -1 for size in sizes) and kind(node) != "expand"
-            sizes[index] = -1 if isinstance(sizes[index], Node) and free else length
+            if isinstance(sizes[index], Node) and not free:  # of batches of any size, the share of it that stays
+                sizes[index] = self._share(node, sizes[index], length, shape(node)[first + index])
+            else:
+                sizes[index] = -1 if isinstance(sizes[index], Node) else length
         node.args = (*node.args[:at], sizes, *node.args[at + 1 :])
         if kind(node) in ("view", "_unsafe_view"):  # what was cut may lie in memory otherwise
             node.target = torch.ops.aten.reshape.default
+
+    def _share(self, node: Node, size: Node, new: int, old: int) -> Node:
+        with self.module.graph.inserting_before(node):
+            scaled = self.module.graph.call_function(operator.mul, (size, new))
+            return self.module.graph.call_function(operator.floordiv, (scaled, old))
 
     def _on_slice(self, node: Node) -> None:
         first, last, step = arg(node, 2, "start"), arg(node, 3, "end"), arg(node, 4, "step", 1)

@@ -60,6 +60,9 @@ def regraph(model: nn.Module, inputs: tuple[Tensor, ...], masks: Masks, removed:
     for node in nodes:
         editor.visit(node)
     module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module"))
+    for node in module.graph.nodes:
+        if kind(node) == "lift_fresh_copy":  # ONNX has no such operation
+            node.target = torch.ops.aten.clone.default
     _follow_training(module.graph)
     smaller = copy.deepcopy(Rewritten(module, module.graph))  # what is not cut is still the original's
     for name, own in smaller.named_parameters():

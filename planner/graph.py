@@ -28,6 +28,7 @@ from planner.widths import Width, extent, find_widths, labels_of
 from profiles.errors import PlanError
 
 log = logging.getLogger(__name__)
+_MANY_MODULES = 150
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def exported(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool = Fa
                     model(*inputs)
         except Exception as error:
             raise PlanError(f"the model does not run on inputs of shape {shapes}: {_reason(error)}") from error
-        for dims in (None, 1) if dynamic else ():
+        # Of many reshapes of many unknown sizes the exporter reasons for minutes: then only the batch may change.
+        for dims in ((None, 1) if sum(1 for _ in model.modules()) < _MANY_MODULES else (1,)) if dynamic else ():
             sizes = tuple({axis: Dim.AUTO for axis, size in enumerate(x.shape[:dims]) if size > 1} for x in inputs)
             with suppress(Exception):
                 return torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)

@@ -1,16 +1,22 @@
-"""Latency of a choice: from a table measured on the device, or in ratios from the profile's documented granularity.
+"""Latency of a choice: from a table measured on the device, or in ratios from the profile's documented rules.
 
 The table holds one entry per (operation, input channels, output channels): what the operation adds inside a network. It
 is fitted to whole networks that were measured (probes): minimise over entries c >= 0 and overhead c0 >= 0
 
-    sum_i ((c0 + sum_j n_ij c_j - T_i) / (0.01 T_i))² + sum_j ((c_j - prior_j) / (0.5 prior_j))²
+    sum_i ((c0 + sum_j n_ij c_j - T_i) / (0.01 T_i))² + sum_j ((c_j - prior_j) / (0.3 prior_j))²
 
-with n_ij the number of operations of kind j in probe i, T_i its measured latency, and the prior proportional to the
-multiply-accumulates after the profile's rounding: probes decide what they can tell apart, the prior the rest.
+with n_ij the number of operations of kind j in probe i and T_i its measured latency: probes decide what they can tell
+apart, the prior the rest. The prior is itself fitted to the probes, first and more coarsely: the work and the bytes
+after the profile's rounding (planner.roofline), with one rate for each class of operation, on the grid and beside it.
+
+What no probe contains costs its prior, scaled as far as the prior is off at the nearest widths that one does contain.
+Widths that the table lacks cost what the rules say, times what its nearest entries of that operation cost over what the
+rules say of them: so a step of the device stays a step between two entries.
 """
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -25,12 +31,18 @@ from scipy.stats import t as student_t
 
 from planner.graph import Graph
 from planner.operations import Choice, Operation
+from planner.roofline import Load, Rules
 from planner.spec import canonical, read
 from profiles import Profile, atomic
-from profiles.errors import PlanError
+from profiles import load as profile_of
+from profiles.errors import PlanError, ProfileError
+
+__all__ = ["Costs", "Entry", "Key", "LatencyTable", "Probe", "Rules", "fit", "keys"]
 
 Key = tuple[str, int, int]  # operation signature, input channels, output channels
-_MEASURED, _PRIOR = 0.01, 0.5  # assumed relative standard deviations of a probe and of the prior
+_MEASURED, _PRIOR = 0.01, 0.3  # assumed relative standard deviations of a probe and of the prior
+_COARSE, _RATE = 0.03, 0.7  # of a probe under the coarse model, and of its rates
+_OTHER_SIDE = 2.0  # how much farther an entry on the other side of a cliff counts, in doublings of a width
 
 
 class _Part(BaseModel):
@@ -45,6 +57,8 @@ class Entry(_Part):
     outputs: Annotated[int, Field(gt=0)]
     latency_s: Annotated[float, Field(ge=0)]
     probes: Annotated[int, Field(ge=0)]  # measured networks that contain it; 0: only the prior speaks
+    runs: Annotated[int, Field(ge=0)] = 0  # timed runs of those networks
+    spread_s: Annotated[float, Field(ge=0)] | None = None  # standard error in the fit
 
 
 class Probe(_Part):
@@ -81,6 +95,12 @@ class LatencyTable(_Part):
     mean_error: float  # relative, on the held-out probes
     max_error: float
     held_out_errors: tuple[float, ...] = ()  # predicted / measured - 1 of each
+    device_model: str | None = None  # the name that the device itself tells, such as "AMD EPYC 9654"
+    driver_version: str | None = None  # the kernel's where the device has no driver of its own
+    batch: Annotated[int, Field(gt=0)] | None = None
+    governor: str | None = None  # of the clock; None where the system does not say
+    frequency_hz: Annotated[float, Field(gt=0)] | None = None  # when the measurement began
+    method: str = "calibrate"  # or "kit", measured on the device by the kit's own script or the runtime's tool
 
     @property
     def uncertainty(self) -> float:
@@ -94,15 +114,35 @@ class LatencyTable(_Part):
     def _cost(self) -> dict[Key, float]:
         return {(e.operation, e.inputs, e.outputs): e.latency_s for e in self.entries}
 
-    def cost(self, operation: Operation, inputs: int, outputs: int) -> float:
-        """Return the seconds that an operation adds; raises PlanError if the table lacks it."""
+    @cached_property
+    def _of(self) -> dict[str, list[Entry]]:
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(entry.operation, []).append(entry)
+        return found
+
+    @cached_property
+    def _rules(self) -> Rules | None:
         try:
-            return self._cost[operation.signature, inputs, outputs]
-        except KeyError:
-            raise PlanError(
-                f"the latency table has no entry for {operation.signature} {inputs}->{outputs} ({operation.name}); "
-                "run `espalier calibrate` for this model and these widths"
-            ) from None
+            return Rules(profile_of(self.profile))
+        except ProfileError:
+            return None
+
+    def cost(self, operation: Operation, inputs: int, outputs: int) -> float:
+        """Return the seconds that an operation adds; between the widths of the table by the profile's rules.
+
+        Raises PlanError if the table lacks the operation, or the widths and the profile is not known here.
+        """
+        key = (operation.signature, inputs, outputs)
+        if key not in self._cost:
+            near = self._of.get(operation.signature)
+            if not near or self._rules is None:
+                raise PlanError(
+                    f"the latency table has no entry for {operation.signature} {inputs}->{outputs} "
+                    f"({operation.name}); run `espalier calibrate` for this model and these widths"
+                )
+            self._cost[key] = _between(self._rules, operation, (inputs, outputs), near)
+        return self._cost[key]
 
     def latency(self, graph: Graph, choice: Choice) -> float:
         """Return the predicted seconds of one run under `choice`."""
@@ -124,30 +164,6 @@ class LatencyTable(_Part):
         return read(cls, path, "espalier calibrate")
 
 
-class Rules:
-    """Costs from a profile's documented rules alone, in rounded multiply-accumulates: only ratios have meaning."""
-
-    overhead_s = 0.0
-
-    def __init__(self, profile: Profile) -> None:
-        """Take the granularity of `profile`."""
-        self._profile = profile
-
-    def cost(self, operation: Operation, inputs: int, outputs: int) -> float:
-        """Return the multiply-accumulates of an operation whose widths are rounded as the device does."""
-        wide = self._rounded(operation, "out_channels", outputs)
-        deep = 1 if operation.grouped else self._rounded(operation, "in_channels", inputs)
-        return operation.macs_per_pair * wide * deep
-
-    def _rounded(self, operation: Operation, axis: str, n: int) -> float:
-        rules = [rule for rule in self._profile.rules(operation.kind, axis) if rule.mode in ("pad", "tile")]
-        return max([rule.effective(n)[1] for rule in rules], default=float(n))
-
-    def latency(self, graph: Graph, choice: Choice) -> float:
-        """Return the rounded multiply-accumulates of one run under `choice`."""
-        return sum(self.cost(o, *o.widths(choice)) for o in graph.operations if o.present(choice))
-
-
 Costs = LatencyTable | Rules
 
 
@@ -167,32 +183,80 @@ def fit(
 ) -> tuple[float, tuple[Entry, ...]]:
     """Return the overhead and the entries for the `wanted` keys that explain the probes (see the module's text)."""
     counts = [Counter(_present(graph, probe.choice)) for probe in probes]
-    names = list(dict.fromkeys([*wanted, *(key for count in counts for key in count)]))
+    names = list(dict.fromkeys([*(key for count in counts for key in count), *wanted]))  # those measured come first
     matrix = np.array([[1, *(count[key] for key in names)] for count in counts], float)
     times = np.array([probe.latency_s for probe in probes])
     prior = _prior(graph, profile, names, matrix, times)
-    data = matrix / (_MEASURED * times)[:, None]
-    ridge = np.diag(1 / (_PRIOR * prior))
-    goal = np.concatenate([np.full(len(times), 1 / _MEASURED), np.full(len(prior), 1 / _PRIOR)])
-    # Solved for c / prior: the columns are then of one size.
-    solution = nnls(np.vstack([data, ridge]) * prior, goal)[0] * prior
     seen = (matrix > 0).sum(0)
-    rows = zip(names, solution[1:].tolist(), seen[1:].tolist(), strict=True)
-    return float(solution[0]), tuple(
-        Entry(operation=key[0], inputs=key[1], outputs=key[2], latency_s=cost, probes=count)
-        for key, cost, count in rows
+    known = int((seen > 0).sum())
+    data = matrix[:, :known] / (_MEASURED * times)[:, None]
+    goal = np.concatenate([np.full(len(times), 1 / _MEASURED), np.full(known, 1 / _PRIOR)])
+    # Solved for c / prior: the columns are then of one size.
+    ratio = nnls(np.vstack([data * prior[:known], np.eye(known) / _PRIOR]), goal)[0]
+    own = {key: float(r) for key, r in zip(names, ratio[1:], strict=False)}
+    scales = [own[key] if key in own else _near(key, own) for key in names]
+    return float(ratio[0] * prior[0]), tuple(
+        Entry(operation=key[0], inputs=key[1], outputs=key[2], latency_s=float(cost) * scale, probes=int(count))
+        for key, scale, cost, count in zip(names, scales, prior[1:], seen[1:], strict=True)
     )
+
+
+def _near(key: Key, known: Mapping[Key, float]) -> float:
+    """Return how far the prior is off at the widths nearest to these of the same operation; 1 if it has none."""
+    near = {other: scale for other, scale in known.items() if other[0] == key[0]}
+    weights = [1 / (0.1 + _apart(key[1:], other[1:])) ** 2 for other in near]
+    return float(np.average(list(near.values()), weights=weights)) if near else 1.0
+
+
+def _apart(one: tuple[int, int], other: tuple[int, int]) -> float:
+    """Return how far two pairs of widths are apart, in doublings."""
+    return abs(math.log2(one[0] / other[0])) + abs(math.log2(one[1] / other[1]))
 
 
 def _present(graph: Graph, choice: Choice) -> list[Key]:
     return [(o.signature, *o.widths(choice)) for o in graph.operations if o.present(choice)]
 
 
+def _between(rules: Rules, operation: Operation, widths: tuple[int, int], near: Sequence[Entry]) -> float:
+    """Return the cost of widths that the table lacks: by the rules, scaled as the entries near them are."""
+    wanted = rules.load(operation, *widths)
+    scales, weights = [], []
+    for entry in near:
+        load = rules.load(operation, entry.inputs, entry.outputs)
+        away = _apart(widths, (entry.inputs, entry.outputs)) + _OTHER_SIDE * (load.beside != wanted.beside)
+        scales.append(entry.latency_s / rules.seconds(load))
+        weights.append((1.0 if entry.probes else 0.1) / (0.1 + away) ** 2)
+    return rules.seconds(wanted) * float(np.average(scales, weights=weights))
+
+
 def _prior(graph: Graph, profile: Profile, names: Sequence[Key], matrix: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Return the prior of the overhead and of each entry: the rounded work at the rate of the median probe."""
+    """Return the prior of the overhead and of each entry: its features at the rates that explain the probes."""
     rules = Rules(profile)
     operation = {o.signature: o for o in graph.operations}
-    work = np.array([rules.cost(operation[key[0]], key[1], key[2]) for key in names])
-    work = np.maximum(work, 0.02 * work.max())  # tiny operations cost their launch
-    rate = float(np.median(times / (matrix[:, 1:] @ work)))
-    return np.concatenate([[0.02 * float(times.max())], work * rate])
+    loads = [rules.load(operation[key[0]], key[1], key[2]) for key in names]
+    ideal_s = np.array([rules.seconds(load) for load in loads])
+    speed = float(np.median(times / (matrix[:, 1:] @ ideal_s)))  # of the probes beside the device at its peak
+    rows = [_features(rules, operation[key[0]], load) for key, load in zip(names, loads, strict=True)]
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row))
+    table = np.array([[row.get(kind, 0.0) for kind in kinds] for row in rows]) * speed
+    overhead_s = 0.02 * float(times.max())
+    data = np.column_stack([np.full(len(times), overhead_s), matrix[:, 1:] @ table]) / (_COARSE * times)[:, None]
+    goal = np.concatenate([np.full(len(times), 1 / _COARSE), np.full(len(kinds) + 1, 1 / _RATE)])
+    rates = nnls(np.vstack([data, np.eye(len(kinds) + 1) / _RATE]), goal)[0]
+    found = table @ rates[1:]
+    least = 0.02 * float(found.max())  # tiny operations cost their launch
+    return np.concatenate([[overhead_s * max(rates[0], 0.1)], np.maximum(found, least)])
+
+
+def _features(rules: Rules, operation: Operation, load: Load) -> dict[str, float]:
+    """Return the seconds that a device at its peak spends on an operation, by what it spends them on."""
+    at, words = rules.balance, operation.signature.split()
+    kind = " ".join([words[0], *(word for word in words[1:2] if operation.macs_per_pair and word[0].isdigit())])
+    moved = load.activation_bytes / at.activation_bytes_per_s + load.weight_bytes / at.weight_bytes_per_s
+    found = {
+        f"{kind}, beside" if load.beside else kind: load.macs / at.macs_per_s,
+        "bytes" if operation.macs_per_pair else f"{kind} bytes": moved,
+        "converted": load.converted_bytes / at.activation_bytes_per_s,
+        "launch": at.launch_s or 1e-6,
+    }
+    return {name: seconds for name, seconds in found.items() if seconds > 0}

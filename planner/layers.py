@@ -271,7 +271,7 @@ def power(state: Propagation, node: Node) -> Value:
     exponent: Any = node.args[1]
     if isinstance(node.args[0], Node) and isinstance(exponent, int | float):
         return state.of(node.args[0]) if exponent > 0 else reciprocal(state, node)
-    return unknown(state, node)
+    return compared(state, node)
 
 
 def reciprocal(state: Propagation, node: Node) -> Value:

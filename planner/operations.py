@@ -1,13 +1,19 @@
-"""The operations that cost time, how wide each is under a choice, and what a choice is."""
+"""The operations that cost time, how wide each is under a choice, and what a choice is.
+
+Listed are what multiplies (convolutions, linear layers, matrix products, recurrent layers) and what only moves data and
+is not fused behind one of these: normalisations, poolings, joins, functions of each element.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.fx import Node
 
-from planner.axes import Ids, Propagation, arg, kind, place, shape
+from planner.axes import Ids, Propagation, arg, kind, number, place, shape
 from planner.blocks import Block, module_path
+from planner.contractions import Side, products
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Operation:
-    """A convolution or linear layer with what is fused behind it."""
+    """A node of the program that costs time, with what is fused behind it."""
 
     name: str
     signature: str  # everything that decides its time but its two widths
@@ -42,6 +48,9 @@ class Operation:
     grouped: bool
     blocks: frozenset[str]  # it vanishes with any of these
     where: str  # "conv2d at file:line"
+    read_per_input: int = 0  # elements of activations read per input channel
+    moved_per_output: int = 0  # elements of activations written per output channel, and read to be added there
+    weights_per_pair: int = 0  # elements of weights per (input channel, output channel); per output channel if grouped
 
     def present(self, choice: Choice) -> bool:
         """Whether the operation is still there under `choice`."""
@@ -64,40 +73,149 @@ class Operation:
         return self.signature.split()[0]
 
 
+Measure = Callable[[Ids | None, int], Extent]
+
+# What moves no element, or does not remain in a compiled model.
+_FREE = frozenset(
+    "view reshape flatten unflatten _unsafe_view view_as reshape_as unsqueeze squeeze unsqueeze_ squeeze_ ravel "
+    "transpose swapaxes swapdims t mT adjoint numpy_T movedim moveaxis permute expand expand_as broadcast_to split "
+    "split_with_sizes chunk tensor_split slice narrow select unbind getitem detach detach_ alias dropout dropout_ "
+    "feature_dropout alpha_dropout feature_alpha_dropout to type_as contiguous lift lift_fresh lift_fresh_copy "
+    "requires_grad_ _assert_tensor_metadata".split()
+)
+_FUSED = frozenset("add relu relu6 hardtanh hardswish silu gelu".split())
+_MATTERS = 0.25  # of what a product moves on average: a node that moves less is not listed
+
+
 def find_operations(
-    nodes: Sequence[Node], state: Propagation, extent: Callable[[Ids | None, int], Extent], blocks: Sequence[Block]
+    nodes: Sequence[Node], state: Propagation, extent: Measure, blocks: Sequence[Block]
 ) -> tuple[Operation, ...]:
-    """Return every convolution and linear layer of an exported graph, in order."""
-    found = []
+    """Return every operation of an exported graph that costs time: in order what multiplies, then what only moves.
+
+    None if nothing multiplies.
+    """
+    found: list[tuple[Operation, int]] = []  # with the elements that it moves
+    fused: set[Node] = set()
     for node in nodes:
-        if kind(node) in ("conv1d", "conv2d", "linear") and state.name(node.args[1]) is not None:
-            inside = frozenset(block.name for block in blocks if node.name in block.body)
-            found.append(_operation(node, state, extent, inside))
-    return tuple(found)
+        if node.op != "call_function" or node in state.constants or not _shape(node):
+            continue
+        seen = _Seen(node, state, extent)
+        multiplying = seen.layer() or seen.products()
+        if multiplying:
+            fused |= set(_fused(node))
+        elif kind(node) in _FREE or node in fused:
+            continue
+        inside = frozenset(b.name for b in blocks if node.name in b.body or (not multiplying and node.name == b.add))
+        found += [(replace(o, blocks=inside), moved) for o, moved in multiplying or [seen.moving()]]
+    products = [(operation, moved) for operation, moved in found if operation.macs_per_pair]
+    if not products:
+        return ()
+    least = _MATTERS * sum(moved for _, moved in products) / len(products)
+    moving = (operation for operation, moved in found if not operation.macs_per_pair and moved >= least)
+    return (*(operation for operation, _ in products), *moving)
 
 
-_KINDS = {(False, False): "", (False, True): "", (True, False): "grouped_", (True, True): "depthwise_"}
+_GROUPS = {(False, False): "", (False, True): "", (True, False): "grouped_", (True, True): "depthwise_"}
+_LAYERS = frozenset([f"conv{n}d" for n in (1, 2, 3)] + [f"conv_transpose{n}d" for n in (1, 2, 3)] + ["linear"])
+_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh"))
 
 
-def _operation(
-    node: Node, state: Propagation, extent: Callable[[Ids | None, int], Extent], blocks: frozenset[str]
-) -> Operation:
-    source, weight = node.args[:2]
-    outputs, per_group, *kernel = shape(weight)
-    axis = len(shape(source)) - 1 if kind(node) == "linear" else len(shape(source)) - len(kernel) - 1
-    size = shape(source)
-    inputs = extent(_units(state, source, axis), size[axis])
-    groups = 1 if kind(node) == "linear" else arg(node, 6, "groups", 1)
-    grouped = groups > 1
-    positions = math.prod(shape(node)) // outputs
-    macs = positions * math.prod(kernel) * (per_group if grouped else 1)
-    spatial = size[axis + 1 :] if kernel else size[:-1]
-    words = [_KINDS[grouped, per_group == 1] + kind(node), "x".join(map(str, kernel)), _geometry(node, kernel)]
-    words += [f"g{groups}" if grouped and per_group > 1 else ""]
-    words += ["@" + "x".join(map(str, (size[0], *spatial) if kernel else spatial)), _epilogue(node)]
-    outgoing = extent(_units(state, node, axis), outputs)
-    name = module_path(node) or node.name
-    return Operation(name, " ".join(filter(None, words)), inputs, outgoing, macs, grouped, blocks, place(node))
+@dataclass(frozen=True)
+class _Seen:
+    """A node, as the operations that it is, each with the elements that it moves."""
+
+    node: Node
+    state: Propagation
+    extent: Measure
+
+    def layer(self) -> list[tuple[Operation, int]]:
+        """Return a convolution, transposed or not, a linear or a recurrent layer."""
+        node, name = self.node, kind(self.node)
+        if name in _RECURRENT and isinstance(arg(node, 3, "has_biases"), bool):
+            return self._recurrent()
+        if name not in _LAYERS:
+            return []
+        source, weight = node.args[:2]
+        size, made, kernel = shape(source), shape(node), shape(weight)[2:]
+        axis = len(size) - len(kernel) - 1
+        groups = 1 if name == "linear" else arg(node, 6, "groups", 1)
+        per_group = size[axis] // groups
+        positions = math.prod(size) // size[axis] if "transpose" in name else math.prod(made) // made[axis]
+        pair = math.prod(kernel) * (per_group if groups > 1 else 1)
+        spatial = (size[0], *size[axis + 1 :]) if kernel else size[:-1]
+        words = [_GROUPS[groups > 1, per_group == 1] + name, "x".join(map(str, kernel)), _geometry(node, kernel)]
+        words += [f"g{groups}" if groups > 1 < per_group else "", "@" + "x".join(map(str, spatial))]
+        sides = (_units(self.state, source, axis), size[axis]), (_units(self.state, node, axis), made[axis])
+        counts = {"macs_per_pair": positions * pair, "grouped": groups > 1, "weights_per_pair": pair}
+        return [self._made(words, sides, counts, read=_numel(source))]
+
+    def _recurrent(self) -> list[tuple[Operation, int]]:
+        """Return all layers and directions as one product: how inputs and states share it is not told apart."""
+        source, parameters = self.node.args[0], arg(self.node, 2, "params")
+        size, made = shape(source), _shape(self.node)
+        weights = sum(_numel(p) for p in parameters if len(shape(p)) == 2)
+        per_output = weights // made[-1]
+        value: Any = self.state.values.get(self.node)
+        units = next((t.along(len(made) - 1) for t in value[0] if t.axes == (len(made) - 1,)), None) if value else None
+        sides = (_units(self.state, source, len(size) - 1), size[-1]), (units, made[-1])
+        words = [kind(self.node), str(weights), "@" + "x".join(map(str, size[:-1]))]
+        counts = {"macs_per_pair": math.prod(size[:-1]) * per_output, "grouped": True, "weights_per_pair": per_output}
+        return [self._made(words, sides, counts, read=_numel(source))]
+
+    def products(self) -> list[tuple[Operation, int]]:
+        """Return the products of tensors in a node, such as those of an attention: `matmul` in profiles."""
+        made = []
+        for part in products(self.state, self.node):
+            pairs = part.outputs[1] * (1 if part.grouped else part.inputs[1])
+            counts = {"macs_per_pair": part.macs // pairs, "grouped": part.grouped, "weights_per_pair": 0}
+            operation, moved = self._made(["matmul", part.form], (part.inputs, part.outputs), counts, read=part.read)
+            made.append((replace(operation, name=f"{operation.name} {part.name}".rstrip()), moved))
+        return made
+
+    def moving(self) -> tuple[Operation, int]:
+        """Return a node that multiplies nothing, by the widths of its largest operand and of its output."""
+        operands = sorted((n for n in self.node.all_input_nodes if self.state.name(n) is None), key=_numel)
+        sides = self._side(operands[-1] if operands else None), self._side(self.node)
+        cut = ["cut" if self.extent(*side).parts else "whole" for side in sides]
+        words = [kind(self.node).rstrip("_"), *cut, "@" + "x".join(map(str, _shape(self.node)))]
+        counts = {"macs_per_pair": 0, "grouped": True, "weights_per_pair": 0}
+        operation, moved = self._made(words, sides, counts, read=sum(map(_numel, operands)))
+        return replace(operation, moved_per_output=_numel(self.node) // sides[1][1]), moved
+
+    def _side(self, node: Node | None) -> Side:
+        """Return the axes of a tensor that are followed first, as one; of none length one."""
+        tracks = self.state.of(node)
+        return (tracks[0].units.reshape(-1), tracks[0].units.size) if tracks else (None, 1)
+
+    def _made(
+        self, words: Sequence[str], sides: tuple[Side, Side], counts: Mapping[str, Any], *, read: int
+    ) -> tuple[Operation, int]:
+        fused = [] if not counts["macs_per_pair"] else [kind(n).rstrip("_") for n in _fused(self.node)]
+        fused = [word for word in fused if word in _FUSED]
+        written = _numel(self.node) * (1 + fused.count("add"))
+        operation = Operation(
+            name=module_path(self.node) or self.node.name,
+            signature=" ".join(filter(None, [*words, "+".join(fused)])),
+            inputs=self.extent(*sides[0]),
+            outputs=self.extent(*sides[1]),
+            blocks=frozenset(),
+            where=place(self.node),
+            read_per_input=read // sides[0][1],
+            moved_per_output=written // sides[1][1],
+            **counts,
+        )
+        return operation, read + written
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    """Return the shape of the first tensor that a node makes."""
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, tuple | list) and value else value
+    return tuple(number(size) for size in getattr(first, "shape", ()))
+
+
+def _numel(node: Any) -> int:
+    return math.prod(_shape(node)) if _shape(node) else 0
 
 
 def _units(state: Propagation, argument: object, axis: int) -> Ids | None:
@@ -114,18 +232,19 @@ def _geometry(node: Node, kernel: Sequence[int]) -> str:
         value = arg(node, index, name, default)
         return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
-    return f"s{flat(3, 'stride', 1)} p{flat(4, 'padding', 0)} d{flat(5, 'dilation', 1)}"
+    more, dilation = ("", 5) if "transpose" not in kind(node) else (f" o{flat(5, 'output_padding', 0)}", 7)
+    return f"s{flat(3, 'stride', 1)} p{flat(4, 'padding', 0)}{more} d{flat(dilation, 'dilation', 1)}"
 
 
-def _epilogue(node: Node) -> str:
-    """Return what runtimes fuse behind an operation: "add", "relu", "add+relu" or nothing."""
-    words: list[str] = []
+def _fused(node: Node) -> list[Node]:
+    """Return what runtimes fuse behind an operation: normalisation, addition, activation."""
+    found: list[Node] = []
+    activated = False
     while len(node.users) == 1:
         (node,) = node.users
-        if kind(node) == "batch_norm":
-            continue
         word = kind(node).rstrip("_")
-        if word not in ("add", "relu", "relu6", "hardswish", "silu", "gelu") or words[-1:] == ["relu"]:
+        if word != "batch_norm" and (word not in _FUSED or activated):
             break
-        words.append(word)
-    return "+".join(words)
+        found.append(node)
+        activated = word == "relu"
+    return found

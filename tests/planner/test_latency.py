@@ -2,23 +2,26 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import planner
+import profiles
 from planner import LatencyTable
 from planner.graph import Graph, trace
-from planner.latency import Probe, fit, keys
+from planner.latency import Probe, Rules, fit, keys
 from planner.operations import Choice
 from planner.search import candidates
 from profiles.errors import PlanError
 from tools.examples.resnet import ResNet
 
 from . import nets
-from .nets import PIXELS, example, table_of
+from .nets import PIXELS, conv, example, table_of
 
 INPUTS = (torch.ones(PIXELS),)
 
@@ -74,7 +77,75 @@ def test_fitting_recovers_an_additive_cost_model(noise: float, allowed: float) -
     assert all(entry.latency_s >= 0 for entry in entries)
 
 
-def test_a_missing_entry_is_refused_with_the_operation() -> None:
+# --- widths between those of the table ----------------------------------------------------------------------------
+
+ORT = "x86_64_v4.onnxruntime.fp32"
+
+
+@cache
+def stairs() -> tuple[Graph, LatencyTable]:
+    """A net of two convolutions and a table of multiples of 16, where each costs three times what the rules say."""
+    graph = trace(nn.Sequential(conv(32, 64), nn.ReLU(), conv(64, 32)), (torch.ones(1, 32, 16, 16),))
+    rules, operation = Rules(profiles.load(ORT)), {o.signature: o for o in graph.operations}
+    wanted = keys(graph, {"0": (16, 32, 48, 64)})
+    cost = {key: 3 * rules.cost(operation[key[0]], key[1], key[2]) for key in wanted}
+    return graph, table_of(graph, cost, profile=ORT)
+
+
+def test_a_step_of_the_device_stays_one_between_two_entries() -> None:
+    graph, table = stairs()
+    first, second = graph.operations
+    assert table.cost(first, 32, 52) == pytest.approx(table.cost(first, 32, 64))
+    assert table.cost(first, 32, 40) == pytest.approx(table.cost(first, 32, 48))
+    assert table.cost(second, 36, 32) == pytest.approx(table.cost(second, 48, 32))
+    assert table.cost(second, 63, 32) > 1.5 * table.cost(second, 64, 32)  # beside the cliff
+
+
+def test_the_nearest_entries_decide_how_far_the_rules_are_off() -> None:
+    graph, table = stairs()
+    first = graph.operations[0]
+    slow = {(e.operation, e.inputs, e.outputs): e.latency_s * (2 if e.outputs == 48 else 1) for e in table.entries}
+    changed = table_of(graph, slow, profile=ORT)
+    factor = [changed.cost(first, 32, width) / table.cost(first, 32, width) for width in (17, 31, 33, 47)]
+    assert factor == sorted(factor)
+    assert factor[0] < 1.2
+    assert factor[-1] > 1.8
+
+
+def test_what_calibration_did_not_measure_is_predicted_beside_the_grid() -> None:
+    graph = trace(ResNet(2, (16, 32, 64)), (torch.ones(1, 3, 16, 16),))
+    profile = profiles.load(ORT)
+    rules = Rules(profile)
+    rate = {"conv2d": 1.7, "linear": 4.0}
+
+    def true_s(choice: Choice) -> float:
+        present = (o for o in graph.operations if o.present(choice))
+        return 1e-6 + sum(rate[o.kind] * rules.cost(o, *o.widths(choice)) for o in present)
+
+    options = candidates(graph, profile)
+    probes = [
+        Probe(
+            keep=dict(c.keep), removed=tuple(sorted(c.removed)), latency_s=true_s(c), relative=1.0,
+            ci95_s=(true_s(c), true_s(c)), runs=1, held_out=False,
+        )
+        for c in [*_one_at_a_time(graph, options), *_at_random(graph, options, 8, seed=1)]
+    ]  # fmt: skip
+    overhead_s, entries = fit(graph, profile, keys(graph, options), probes)
+    table = table_of(graph, {}, entries=entries, overhead_s=overhead_s, profile=ORT)
+    free = {name: range(1, graph.width[name].size + 1) for name in options}
+    unseen = _at_random(graph, free, 20, seed=2)
+    errors = [abs(table.latency(graph, choice) / true_s(choice) - 1) for choice in unseen]
+    assert max(errors) < 0.05
+
+
+def test_an_operation_that_the_table_lacks_is_refused() -> None:
+    _, table = stairs()
+    other = trace(conv(8, 8, 5), (torch.ones(1, 8, 4, 4),))
+    with pytest.raises(PlanError, match=r"no entry for conv2d 5x5 .* 8->8"):
+        table.latency(other, other.dense)
+
+
+def test_a_missing_entry_of_an_unknown_profile_is_refused_with_the_operation() -> None:
     model, graph = example("VGG")
     options = candidates(graph, nets.anywhere())
     cost = dict.fromkeys(keys(graph, options), 1e-3)
