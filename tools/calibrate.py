@@ -31,6 +31,7 @@ from planner.operations import Choice
 from planner.search import candidates
 from planner.widths import Width
 from profiles import Machine, Profile, atomic
+from profiles.errors import BackendUnavailable, PlanError
 from tools.place import Place, belongs
 
 Options = Mapping[str, Sequence[int]]
@@ -334,3 +335,27 @@ def refined(bench: Bench, table: LatencyTable, choice: Choice, *, progress: Prog
     error = table.latency(bench.graph, full) / (probe.relative * dense_s) - 1
     place = Place.model_validate({name: getattr(table, name) for name in Place.model_fields})
     return fitted(bench, [*table.probes, probe], candidates(bench.graph, bench.profile), place=place), error
+
+
+def elsewhere(
+    table: LatencyTable, profile: Profile, inputs: tuple[Tensor, ...], *, any_table: bool = False
+) -> list[str]:
+    """Return why a table does not belong here; raises PlanError with the reasons unless `any_table`."""
+    batch = batch_of(inputs)
+    try:
+        version = load(profile.runtime.name).version()
+    except BackendUnavailable:
+        reasons = [f"{profile.runtime.name} is not installed here"]
+    else:
+        model = Place.here(profile, version, threads=table.threads, batch=batch).device_model
+        reasons = belongs(
+            table,
+            Machine.here(),
+            runtime_version=version,
+            threads=table.threads,
+            batch=batch,
+            device_model=model,
+        )
+    if reasons and not any_table:
+        raise PlanError(f"{'; '.join(reasons)}; calibrate here, or add --any-table, which the plan then notes")
+    return reasons

@@ -18,7 +18,7 @@ import planner
 from planner import LatencyTable, Plan, Recipe, Scope
 from profiles import atomic
 from profiles.errors import BuildError, EspalierError
-from tools import profiles_cli
+from tools import calibrate_cli, profiles_cli
 from tools.scoping import scoped
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(profiles_cli.app, name="profiles")
 app.command()(profiles_cli.detect)
+app.command()(calibrate_cli.calibrate)
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 out_console, console = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
 
@@ -68,35 +69,6 @@ def _print(as_json: bool, content: Any, table: Table | str | None = None) -> Non
 
 
 @app.command()
-def calibrate(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", help="where to write the table")] = Path("table.json"),
-    profile: ProfileId = None,
-    inputs: Inputs = None,
-    data: MaybeData = None,
-    threads: Annotated[int, typer.Option(min=1, help="threads of the runtime")] = 1,
-    fresh: Fresh = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the latency table of what a model can become."""
-    from tools import calibrate as calibration
-    from tools.console import Stage
-    from tools.pipeline import chosen
-    from tools.sources import example_inputs, load_data, load_model
-    from tools.threads import one_thread
-
-    example = example_inputs(inputs, load_data(data).test if data else None)
-    bench = calibration.bench(load_model(model), example, chosen(profile), threads=threads)
-    with Stage(console).phase("measure latency table") as phase, one_thread():
-        table = calibration.calibrate(bench, progress=phase.step, fresh=fresh)
-    table.save(out)
-    words = (
-        f"{len(table.probes)} networks, {len(table.entries)} entries, error on unseen networks {table.mean_error:.1%}"
-    )
-    _print(as_json, {"out": out, "mean_error": table.mean_error, "entries": len(table.entries)}, f"{out}: {words}")
-
-
-@app.command()
 def groups(
     model: Model,
     inputs: Inputs = None,
@@ -136,9 +108,13 @@ def plan(
     global_budget: Annotated[
         bool, typer.Option("--global-budget", help="one budget in seconds over all widths")
     ] = False,
+    any_table: Annotated[
+        bool, typer.Option("--any-table", help="use --table though it was measured under other conditions; noted")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose widths and blocks for a latency budget; with --data, by the loss that each cut costs."""
+    from tools.calibrate import elsewhere
     from tools.console import Stage
     from tools.explain import plan_table
     from tools.pipeline import chosen
@@ -148,6 +124,7 @@ def plan(
     net, source = load_model(model, weights), load_data(data) if data else None
     example = example_inputs(inputs, source.test if source else None)
     device, costs = chosen(profile), LatencyTable.load(table) if table else None
+    reasons = elsewhere(costs, device, example, any_table=any_table) if costs else []
     importance = None
     if source:
         brief, stage = Brief(net, example, device, latency, source.train, scope), Stage(console)
@@ -156,6 +133,7 @@ def plan(
     made = planner.plan(net, example, device, latency=latency, table=costs, importance=importance, scope=scope)
     if global_budget:
         made = planner.with_global_budget(made, net)
+    made = made.model_copy(update={"notes": (*made.notes, *reasons)})
     made.save(out)
     _print(as_json, made.model_dump(mode="json"), plan_table(made))
 

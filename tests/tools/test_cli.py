@@ -77,6 +77,11 @@ BAD = {
     "no plan": (["train", "--model", MODEL, "--data", DATA, "--plan", "none.json"], "espalier plan"),
     "no runtime": (["compile", "--model", MODEL, *SHAPE, "--out", "m.x", "--runtime", "tvm"], "onnxruntime"),
     "no measurements": (["report", "none.json"], "none.json"),
+    "calibrate without a model": (["calibrate"], "--model"),
+    "written without a check": (["calibrate", "--model", MODEL, *SHAPE, "--write"], "--check"),
+    "import without a kit": (["calibrate", "--model", MODEL, *SHAPE, "--import", "results.json"], "--kit"),
+    "layer that is not there": (["plan", "--model", MODEL, *SHAPE, "--op-names", "conv9"], "no layer 'conv9'"),
+    "type that is not there": (["plan", "--model", MODEL, *SHAPE, "--op-types", "Conv7d"], "Conv2d"),
     "unknown option": (["plan", "--budget", "1"], "--budget"),
 }
 
@@ -88,6 +93,17 @@ def test_bad_input_is_one_message_and_exit_2(call: Call, case: str) -> None:
     assert code == 2
     assert told in err
     assert "Traceback" not in err + out
+
+
+def test_a_scope_keeps_what_it_leaves_out(call: Call, tmp_path: Path) -> None:
+    scope = ("--ignored-layers", "layer1", "--keep-blocks", "--min-width", "4")
+    code, out, _ = call("plan", "--model", MODEL, *SHAPE, "--latency", "0.8", "--json", *scope)
+    assert code == 0
+    plan = json.loads(out)
+    assert plan["widths"]
+    assert not any(width["name"].startswith("layer1.") for width in plan["widths"])
+    assert min(width["keep"] for width in plan["widths"]) >= 4
+    assert not any(block["removed"] for block in plan["blocks"])
 
 
 def test_damaged_files_are_refused(call: Call, tmp_path: Path) -> None:

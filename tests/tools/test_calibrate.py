@@ -1,0 +1,150 @@
+"""Calibration: a table says what it rests on and where it belongs, and an interrupted one goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from planner.latency import LatencyTable
+from planner.search import candidates
+from profiles import Machine, load
+from tools import calibrate as calibration
+from tools.calibrate import Bench, Countdown, batch_of, belongs, bench, calibrate, refined
+
+from . import tiny
+
+pytest.importorskip("onnxruntime")
+PROFILE = "x86_64_v3.onnxruntime.fp32"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def a_bench(*, batch: int = 1) -> Bench:
+    return bench(tiny.model(), (torch.zeros(batch, 1, 8, 8),), load(PROFILE), seconds=0.01)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return calibrate(a_bench(), progress=lambda *_: None)
+
+
+def test_a_table_says_where_it_was_measured_and_what_each_entry_rests_on(table: LatencyTable) -> None:
+    here = a_bench().place()
+    assert table.schema_version == 1
+    for name in ("device", "device_model", "runtime", "runtime_version", "driver_version", "threads", "batch"):
+        assert getattr(table, name) == getattr(here, name), name
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    assert (table.governor is None) == (not governor.exists())
+    total = sum(probe.runs for probe in table.probes)
+    for entry in table.entries:
+        assert (entry.runs > 0) == (entry.probes > 0)
+        assert entry.runs <= total
+        assert entry.spread_s is not None
+        assert 0 < entry.spread_s <= 0.3 * max(entry.latency_s, 1e-9) * 1.0001  # never above the prior's
+    assert json.loads(table.model_dump_json())["governor"] == table.governor
+
+
+def test_what_no_network_holds_is_as_uncertain_as_the_prior(table: LatencyTable) -> None:
+    one = a_bench()
+    few = calibration.fitted(one, table.probes[:4], candidates(one.graph, one.profile))
+    costly = [entry for entry in few.entries if entry.latency_s > 1e-8]
+    unseen = [entry.spread_s / entry.latency_s for entry in costly if entry.spread_s and not entry.probes]
+    seen = [entry.spread_s / entry.latency_s for entry in costly if entry.spread_s and entry.probes]
+    assert unseen == [pytest.approx(0.3, rel=1e-6)] * len(unseen) != []
+    assert max(seen) < 0.3
+
+
+def test_a_table_belongs_where_it_was_measured(table: LatencyTable) -> None:
+    assert a_bench().refuses(table) == []
+    reasons = a_bench(batch=4).refuses(table)
+    assert reasons == ["it was measured at batch 1, and the inputs have batch 4"]
+
+
+def test_a_table_is_refused_elsewhere_with_every_reason(table: LatencyTable) -> None:
+    board = Machine(cpu="cortex_a72", os="Linux", cores=4)
+    assert belongs(table, board, runtime_version="9.9", threads=4, batch=8) == [
+        f"it was measured on {table.device}, and this is cortex_a72",
+        f"it was measured with onnxruntime {table.runtime_version}, and 9.9 is here",
+        "it was measured with 1 threads, and 4 are wanted",
+        "it was measured at batch 1, and the inputs have batch 8",
+    ]
+    here = Machine.here()
+    same = {"runtime_version": table.runtime_version, "threads": 1, "batch": 1}
+    assert belongs(table, here, **same) == []
+    assert belongs(table, here, **same, device_model=table.device_model) == []
+    (reason,) = belongs(table, here, **same, device_model="another CPU of this kind")
+    assert "another CPU of this kind" in reason
+    old = table.model_copy(update={"device_model": None, "batch": None})  # of a version that did not record them
+    assert belongs(old, here, **same, device_model="any") == []
+
+
+def test_an_interrupted_calibration_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes: list[int] = []
+    real = calibration.measure_choices
+
+    def counted(*arguments: object, **named: object) -> object:
+        if len(sizes) == 1 and sizes[0] > 0:
+            sizes.append(-1)
+            raise KeyboardInterrupt
+        probes = real(*arguments, **named)  # type: ignore[arg-type]
+        sizes.append(len(probes))
+        return probes
+
+    monkeypatch.setattr(calibration, "measure_choices", counted)
+    one = a_bench()
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(one, progress=lambda *_: None)
+    (part,) = tmp_path.rglob("*.part.json")
+    kept = json.loads(part.read_text())
+    assert len(kept) == sizes[0]
+    found = calibrate(one, progress=lambda *_: None)
+    assert [probe.model_dump(mode="json") for probe in found.probes[: len(kept)]] == kept
+    assert sum(size for size in sizes if size > 0) == len(found.probes)
+    assert not list(tmp_path.rglob("*.part.json"))
+    assert calibrate(one, progress=lambda *_: None) == found  # from the cache
+
+
+def test_a_refined_table_keeps_its_place(table: LatencyTable) -> None:
+    one = a_bench()
+    moved = table.model_copy(update={"device_model": "where it was first measured", "frequency_hz": 3e9})
+    better, _ = refined(one, moved, one.graph.dense, progress=lambda *_: None)
+    assert (better.device_model, better.frequency_hz) == ("where it was first measured", 3e9)
+    assert len(better.probes) == len(table.probes) + 1
+
+
+def test_the_time_left_is_told_once_it_is_known() -> None:
+    now, told = [0.0], []
+    clock = Countdown(lambda what, done, total: told.append((what, done, total)), 12, 60, clock=lambda: now[0])
+    clock.step("building", 13, 60)
+    now[0] = 24.0
+    clock.finished(24)  # 12 networks in 24 s: 36 are left
+    clock.step("building", 25, 60)
+    now[0] = 34.0
+    clock.step("timing", 30, 60)
+    now[0] = 200.0
+    clock.step("timing", 60, 60)
+    assert told == [
+        ("building", 13, 60),
+        ("building, 1 min 12 s left", 25, 60),
+        ("timing, 1 min 02 s left", 30, 60),
+        ("timing, 0 s left", 60, 60),
+    ]
+
+
+def test_progress_counts_networks_and_never_passes_the_end() -> None:
+    seen: list[tuple[str, int, int]] = []
+    found = calibrate(a_bench(), progress=lambda what, done, total: seen.append((what, done, total)))
+    assert {total for _, _, total in seen} == {len(found.probes)}
+    assert max(done for _, done, _ in seen) == len(found.probes)
+    assert any("left" in what for what, _, _ in seen)
+
+
+def test_batch_is_the_first_axis_of_the_first_input() -> None:
+    assert batch_of((torch.zeros(8, 3), torch.zeros(2))) == 8
+    assert batch_of(()) == 1
