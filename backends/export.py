@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.onnx import symbolic_helper, symbolic_opset11
+from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
 
 from backends.artifact import specs_of
 from backends.subnormals import flushed
@@ -56,6 +58,7 @@ def _export(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], path: Path
             warnings.filterwarnings("ignore", message=notice, category=DeprecationWarning)
         # A strided slice that it cannot fold stays as it is, which is right.
         warnings.filterwarnings("ignore", message="Constant folding - Only steps=1", category=UserWarning)
+        register_custom_op_symbolic("aten::pad", _pad, OPSET)
         try:
             torch.onnx.export(
                 model,
@@ -67,6 +70,19 @@ def _export(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], path: Path
             )
         except RuntimeError as error:
             raise BuildError(f"the model cannot be exported to ONNX: {error}") from error
+        finally:
+            unregister_custom_op_symbolic("aten::pad", OPSET)
+
+
+def _pad(graph: Any, x: Any, amounts: Any, mode: Any, value: Any = None) -> Any:
+    """Write amounts that are known as a constant: behind those that are computed no shape is, which pooling needs."""
+    rank, known = symbolic_helper._get_tensor_rank(x), symbolic_helper._maybe_get_const(amounts, "is")
+    if rank is None or not isinstance(known, list) or symbolic_helper._parse_arg(mode, "s") != "constant":
+        return symbolic_opset11.pad(graph, x, amounts, mode, value)
+    both = [*known, *[0] * (2 * rank - len(known))]  # (before, after) of the last axis, of the one before it, ...
+    pads = graph.op("Constant", value_t=torch.tensor([*both[-2::-2], *both[::-2]]))
+    filled = [] if value is None or symbolic_helper._is_none(value) else [graph.op("CastLike", value, x)]
+    return graph.op("Pad", x, pads, *filled, mode_s="constant")
 
 
 def _constants(graph: Any) -> Iterator[Any]:

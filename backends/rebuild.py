@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -73,15 +74,17 @@ def cut(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str] = fr
 
 def _smaller(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str]) -> nn.Module:
     masks = masks_of(graph, kept)
-    exact = not any(graph.width[name].lossy for name in kept)
-    proof = Proof(graph, zeroed(model, graph, kept, removed), exact=exact)
+    inputs = tuple(x.to(next(model.parameters()).device) for x in graph.example())
+    as_graph = partial(regraph, model, inputs, {key: mask.numpy() for key, mask in masks.items()}, removed)
+    lossy = any(graph.width[name].lossy for name in kept)
+    # A lossy cut differs from the masked model, so that only the graph tells a wrong size in the user's own class.
+    proof = Proof(graph, as_graph() if lossy else zeroed(model, graph, kept, removed))
     choice = graph.choice({name: len(channels) for name, channels in kept.items()}, removed)
     try:
         return surgery(model, graph, masks, choice, proof)
     except (PlanError, BuildError) as error:
         log.info("rebuilt as a graph, since the model's own forward does not follow: %s", error)
-    inputs = tuple(x.to(next(model.parameters()).device) for x in graph.example())
-    dense = regraph(model, inputs, {key: mask.numpy() for key, mask in masks.items()}, removed)
+    dense = as_graph()
     proof.check(dense)
     return dense
 

@@ -13,7 +13,8 @@ from planner.evaluation import evaluating
 from planner.rules import ZERO_KEEPING
 from profiles.errors import PlanError
 
-_PARAMETRISED = {"conv1d", "conv2d", "linear", "batch_norm"}
+_PARAMETRISED = {"conv1d", "conv2d", "conv3d", "linear", "addmm", "batch_norm", "layer_norm"}
+_MOVES = {"view", "reshape", "_unsafe_view", "flatten", "permute", "transpose", "squeeze", "unsqueeze"}
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,23 @@ def _layers(body: set[Node]) -> int:
 def _zeroing(end: Node, names: dict[str, str]) -> tuple[str, ...] | None:
     """Return the parameters whose zeros make `end` zero: the scale and shift, or weight and bias, of its last layer."""
     node = end
-    while kind(node) in ZERO_KEEPING and len(node.all_input_nodes) == 1:
+    while kind(node) in _MOVES or (kind(node) in ZERO_KEEPING and len(node.all_input_nodes) == 1):
         node = node.all_input_nodes[0]
+    if kind(node) in ("cat", "add", "add_"):
+        parts = [_zeroing(source, names) for source in node.all_input_nodes]
+        return tuple(name for part in parts for name in part or ()) if all(parts) else None
+    scales = [names[source.name] for source in node.all_input_nodes if source.name in names]
+    if kind(node) in ("mul", "mul_") and scales:  # of the body as a whole, or of each channel
+        return tuple(scales[:1])
     if kind(node) not in _PARAMETRISED:
         return None
-    tensors = [argument for argument in (node.args[1], arg(node, 2, "bias")) if isinstance(argument, Node)]
-    if kind(node) == "batch_norm" and len(tensors) < 2:
+    first = {
+        "addmm": (node.args[0], arg(node, 2, "mat2")),
+        "layer_norm": (arg(node, 2, "weight"), arg(node, 3, "bias")),
+    }
+    given = first.get(kind(node), (node.args[1], arg(node, 2, "bias")))
+    tensors = [argument for argument in given if isinstance(argument, Node)]
+    if kind(node).endswith("_norm") and len(tensors) < 2:
         return None
     found = tuple(names[tensor.name] for tensor in tensors if tensor.name in names)
     return found if len(found) == len(tensors) else None

@@ -19,6 +19,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -31,17 +32,17 @@ from scipy.stats import t as student_t
 
 from planner.graph import Graph
 from planner.operations import Choice, Operation
-from planner.roofline import Load, Rules
+from planner.roofline import EXPECTED_ERROR, Load, Rules
 from planner.spec import canonical, read
 from profiles import Profile, atomic
 from profiles import load as profile_of
 from profiles.errors import PlanError, ProfileError
 
-__all__ = ["Costs", "Entry", "Key", "LatencyTable", "Probe", "Rules", "fit", "keys"]
+__all__ = ["Basis", "Costs", "Entry", "Forecast", "Key", "LatencyTable", "Probe", "Rules", "fit", "forecast", "keys"]
 
 Key = tuple[str, int, int]  # operation signature, input channels, output channels
 _MEASURED, _PRIOR = 0.01, 0.3  # assumed relative standard deviations of a probe and of the prior
-_COARSE, _RATE = 0.03, 0.7  # of a probe under the coarse model, and of its rates
+_COARSE, _RATE = 0.01, 1.5  # of a probe under the coarse model, and of its rates
 _OTHER_SIDE = 2.0  # how much farther an entry on the other side of a cliff counts, in doublings of a width
 
 
@@ -165,6 +166,32 @@ class LatencyTable(_Part):
 
 
 Costs = LatencyTable | Rules
+Basis = Literal["measured here", "measured elsewhere", "documented"]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A predicted fraction of the dense latency, what it rests on, and how far to trust it."""
+
+    basis: Basis
+    fraction: float
+    low: float
+    high: float
+    expected_error: float | None  # mean relative error; None: a table that was never held against other networks
+
+
+def forecast(costs: Costs, graph: Graph, choice: Choice, *, elsewhere: bool = False) -> Forecast:
+    """Return what a choice is expected to take; `elsewhere`: the table was measured under other conditions.
+
+    The range of a table is its 95 % prediction interval, that of the rules is what they leave open.
+    """
+    fraction = costs.latency(graph, choice) / costs.latency(graph, graph.dense)
+    if isinstance(costs, Rules):
+        return Forecast("documented", fraction, *costs.fractions(graph, choice), expected_error=EXPECTED_ERROR)
+    basis: Basis = "measured elsewhere" if elsewhere else "measured here"
+    off = min(costs.uncertainty, 1.0)
+    error = costs.mean_error if costs.held_out_errors else None
+    return Forecast(basis, fraction, fraction * (1 - off), fraction * (1 + off), error)
 
 
 def keys(graph: Graph, candidates: Mapping[str, Sequence[int]]) -> list[Key]:
@@ -183,7 +210,8 @@ def fit(
 ) -> tuple[float, tuple[Entry, ...]]:
     """Return the overhead and the entries for the `wanted` keys that explain the probes (see the module's text)."""
     counts = [Counter(_present(graph, probe.choice)) for probe in probes]
-    names = list(dict.fromkeys([*(key for count in counts for key in count), *wanted]))  # those measured come first
+    measured = [key for count in counts for key in count]
+    names = list(dict.fromkeys([*measured, *wanted, *_beside(graph, profile, measured)]))  # those measured come first
     matrix = np.array([[1, *(count[key] for key in names)] for count in counts], float)
     times = np.array([probe.latency_s for probe in probes])
     prior = _prior(graph, profile, names, matrix, times)
@@ -193,19 +221,35 @@ def fit(
     goal = np.concatenate([np.full(len(times), 1 / _MEASURED), np.full(known, 1 / _PRIOR)])
     # Solved for c / prior: the columns are then of one size.
     ratio = nnls(np.vstack([data * prior[:known], np.eye(known) / _PRIOR]), goal)[0]
-    own = {key: float(r) for key, r in zip(names, ratio[1:], strict=False)}
-    scales = [own[key] if key in own else _near(key, own) for key in names]
+    own: dict[str, dict[Key, float]] = {}
+    for key, found in zip(names, ratio[1:].tolist(), strict=False):
+        own.setdefault(key[0], {})[key] = found
+    scales = [_near(key, own.get(key[0], {})) for key in names]
     return float(ratio[0] * prior[0]), tuple(
         Entry(operation=key[0], inputs=key[1], outputs=key[2], latency_s=float(cost) * scale, probes=int(count))
         for key, scale, cost, count in zip(names, scales, prior[1:], seen[1:], strict=True)
     )
 
 
+def _beside(graph: Graph, profile: Profile, measured: Iterable[Key]) -> list[Key]:
+    """Return for each operation its widest widths less one channel, where that is beside a cliff.
+
+    Their prior has the rate of their class there: so what was measured of some operations beside a cliff tells, through
+    these entries, what the others cost there.
+    """
+    rules, operation = Rules(profile), {o.signature: o for o in graph.operations}
+    widest: dict[str, Key] = {}
+    for key in measured:
+        widest[key[0]] = max(key, widest.get(key[0], key), key=lambda k: (k[1], k[2]))
+    off = [(name, max(1, n - one), max(1, m - two)) for name, n, m in widest.values() for one, two in ((0, 1), (1, 0))]
+    return [key for key in off if rules.load(operation[key[0]], key[1], key[2]).beside]
+
+
 def _near(key: Key, known: Mapping[Key, float]) -> float:
-    """Return how far the prior is off at the widths nearest to these of the same operation; 1 if it has none."""
-    near = {other: scale for other, scale in known.items() if other[0] == key[0]}
-    weights = [1 / (0.1 + _apart(key[1:], other[1:])) ** 2 for other in near]
-    return float(np.average(list(near.values()), weights=weights)) if near else 1.0
+    """Return how far the prior is off at these widths, or at those nearest to them of the same operation; else 1."""
+    if key in known or not known:
+        return known.get(key, 1.0)
+    return float(np.average(list(known.values()), weights=[1 / (0.1 + _apart(key[1:], o[1:])) ** 2 for o in known]))
 
 
 def _apart(one: tuple[int, int], other: tuple[int, int]) -> float:
@@ -254,8 +298,8 @@ def _features(rules: Rules, operation: Operation, load: Load) -> dict[str, float
     kind = " ".join([words[0], *(word for word in words[1:2] if operation.macs_per_pair and word[0].isdigit())])
     moved = load.activation_bytes / at.activation_bytes_per_s + load.weight_bytes / at.weight_bytes_per_s
     found = {
-        f"{kind}, beside" if load.beside else kind: load.macs / at.macs_per_s,
-        "bytes" if operation.macs_per_pair else f"{kind} bytes": moved,
+        f"{kind}, beside" if load.beside else kind: load.penalty * load.macs / at.macs_per_s,
+        "bytes" if operation.macs_per_pair else f"{kind} bytes": load.penalty * moved,
         "converted": load.converted_bytes / at.activation_bytes_per_s,
         "launch": at.launch_s or 1e-6,
     }

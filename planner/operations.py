@@ -150,17 +150,24 @@ class _Seen:
         return [self._made(words, sides, counts, read=_numel(source))]
 
     def _recurrent(self) -> list[tuple[Operation, int]]:
-        """Return all layers and directions as one product: how inputs and states share it is not told apart."""
+        """Return all layers and directions as one product, from the columns of all matrices to one hidden state."""
         source, parameters = self.node.args[0], arg(self.node, 2, "params")
-        size, made = shape(source), _shape(self.node)
-        weights = sum(_numel(p) for p in parameters if len(shape(p)) == 2)
-        per_output = weights // made[-1]
+        size, matrices = shape(source), [shape(p) for p in parameters if len(shape(p)) == 2]
+        hidden, columns = matrices[1][1], sum(columns for _, columns in matrices)  # the second one is of the state
+        gates = matrices[0][0] // hidden
         value: Any = self.state.values.get(self.node)
-        units = next((t.along(len(made) - 1) for t in value[0] if t.axes == (len(made) - 1,)), None) if value else None
-        sides = (_units(self.state, source, len(size) - 1), size[-1]), (units, made[-1])
-        words = [kind(self.node), str(weights), "@" + "x".join(map(str, size[:-1]))]
-        counts = {"macs_per_pair": math.prod(size[:-1]) * per_output, "grouped": True, "weights_per_pair": per_output}
-        return [self._made(words, sides, counts, read=_numel(source))]
+        last = len(_shape(self.node)) - 1
+        units = next((t.along(last)[:hidden] for t in value[0] if t.axes == (last,)), None) if value else None
+        words = [kind(self.node), f"{len(matrices)}", "@" + "x".join(map(str, size[:-1]))]
+        counts = {"macs_per_pair": math.prod(size[:-1]) * gates, "grouped": False, "weights_per_pair": gates}
+        operation, moved = self._made(words, ((None, columns), (units, hidden)), counts, read=_numel(source))
+        given = self.extent(_units(self.state, source, len(size) - 1), size[-1])
+        times = sum(own == size[-1] for _, own in matrices[::2])
+        rest, state = columns - times * size[-1], operation.outputs
+        parts = [(name, times * n) for name, n in given.parts]
+        parts += [(name, n * rest // hidden) for name, n in state.parts]
+        fixed = times * given.fixed + state.fixed * rest // hidden
+        return [(replace(operation, inputs=Extent(fixed, tuple(parts))), moved)]
 
     def products(self) -> list[tuple[Operation, int]]:
         """Return the products of tensors in a node, such as those of an attention: `matmul` in profiles."""

@@ -158,7 +158,9 @@ class Proximal:
             weights.scale_(self._agreed(Problem(r, state.a, self._d, k, self._pool).usage(weights.sums)))
             return
         sizes = size if metric is None else metric.sizes(size)
-        factors = envelope.scale(norms, sizes, self._a, self._d, k, pool=self._layout, debiased=self._debiased, out=norms)
+        factors = envelope.scale(
+            norms, sizes, self._a, self._d, k, pool=self._layout, debiased=self._debiased, out=norms
+        )
         state.groups.scale_(self._parameters, self._agreed(factors))
 
     def _agreed(self, per_group: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def _said(of_unit: Ids, listed: Sequence[tuple[Ids, str]]) -> dict[int, str]:
 
 def _adds_to(slices: Sequence[Slice], ends: Container[str]) -> bool:
     """Whether residual blocks, which end in the tensors `ends`, add to a width."""
-    return any(piece.tensor in ends and piece.penalised for piece in slices)
+    return any(piece.tensor in ends and piece.penalised and piece.axis == 0 for piece in slices)
 
 
 def _structure(

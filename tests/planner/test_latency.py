@@ -14,9 +14,11 @@ import planner
 import profiles
 from planner import LatencyTable
 from planner.graph import Graph, trace
-from planner.latency import Probe, Rules, fit, keys
+from planner.latency import Probe, Rules, fit, forecast, keys
 from planner.operations import Choice
+from planner.roofline import EXPECTED_ERROR
 from planner.search import candidates
+from profiles import Profile
 from profiles.errors import PlanError
 from tools.examples.resnet import ResNet
 
@@ -53,7 +55,10 @@ def _at_random(graph: Graph, options: Mapping[str, Sequence[int]], count: int, *
 
 
 def _measured_choice(graph: Graph, table: LatencyTable, choice: Choice, *, noise: float) -> Probe:
-    seconds = table.latency(graph, choice) * (1 + noise)
+    return _probe(choice, table.latency(graph, choice) * (1 + noise))
+
+
+def _probe(choice: Choice, seconds: float) -> Probe:
     about = {"relative": 1.0, "ci95_s": (seconds, seconds), "runs": 1, "held_out": False}
     return Probe(keep=dict(choice.keep), removed=tuple(sorted(choice.removed)), latency_s=seconds, **about)
 
@@ -112,30 +117,30 @@ def test_the_nearest_entries_decide_how_far_the_rules_are_off() -> None:
     assert factor[-1] > 1.8
 
 
-def test_what_calibration_did_not_measure_is_predicted_beside_the_grid() -> None:
-    graph = trace(ResNet(2, (16, 32, 64)), (torch.ones(1, 3, 16, 16),))
-    profile = profiles.load(ORT)
-    rules = Rules(profile)
-    rate = {"conv2d": 1.7, "linear": 4.0}
+def _other_penalty(profile: Profile, penalty: float) -> Profile:
+    rules = [rule.model_copy(update={"penalty": penalty}) if rule.penalty else rule for rule in profile.granularity]
+    return profile.model_copy(update={"granularity": tuple(rules)})
+
+
+@pytest.mark.parametrize(("penalty", "off_grid", "allowed"), [(1.9, 0, 0.05), (4.0, 4, 0.15)])
+def test_what_calibration_did_not_measure_is_predicted_beside_the_grid(
+    penalty: float, off_grid: int, allowed: float
+) -> None:
+    graph, profile = trace(ResNet(2, (16, 32, 64)), (torch.ones(1, 3, 16, 16),)), profiles.load(ORT)
+    rules, rate = Rules(_other_penalty(profile, penalty)), {"conv2d": 1.7, "linear": 4.0}
 
     def true_s(choice: Choice) -> float:
         present = (o for o in graph.operations if o.present(choice))
         return 1e-6 + sum(rate[o.kind] * rules.cost(o, *o.widths(choice)) for o in present)
 
     options = candidates(graph, profile)
-    probes = [
-        Probe(
-            keep=dict(c.keep), removed=tuple(sorted(c.removed)), latency_s=true_s(c), relative=1.0,
-            ci95_s=(true_s(c), true_s(c)), runs=1, held_out=False,
-        )
-        for c in [*_one_at_a_time(graph, options), *_at_random(graph, options, 8, seed=1)]
-    ]  # fmt: skip
+    free = {name: range(1, graph.width[name].size + 1) for name in options}
+    wanted = [*_one_at_a_time(graph, options), *_at_random(graph, options, 8, seed=1)]
+    probes = [_probe(choice, true_s(choice)) for choice in [*wanted, *_at_random(graph, free, off_grid, seed=3)]]
     overhead_s, entries = fit(graph, profile, keys(graph, options), probes)
     table = table_of(graph, {}, entries=entries, overhead_s=overhead_s, profile=ORT)
-    free = {name: range(1, graph.width[name].size + 1) for name in options}
-    unseen = _at_random(graph, free, 20, seed=2)
-    errors = [abs(table.latency(graph, choice) / true_s(choice) - 1) for choice in unseen]
-    assert max(errors) < 0.05
+    errors = [abs(table.latency(graph, c) / true_s(c) - 1) for c in _at_random(graph, free, 20, seed=2)]
+    assert max(errors) < allowed
 
 
 def test_an_operation_that_the_table_lacks_is_refused() -> None:
@@ -187,3 +192,19 @@ def test_the_prediction_interval_is_students(errors: tuple[float, ...], half: fl
         overhead_s=0.0, entries=(), probes=(), mean_error=0.0, max_error=0.0, held_out_errors=errors,
     )  # fmt: skip
     assert table.uncertainty == pytest.approx(half, rel=1e-4)
+
+
+def test_a_forecast_says_what_it_rests_on_and_how_far_to_trust_it() -> None:
+    graph, table = stairs()
+    half, rules = graph.choice({"0": 32}), Rules(profiles.load(ORT))
+    found = forecast(rules, graph, half)
+    assert (found.basis, found.expected_error) == ("documented", EXPECTED_ERROR)
+    assert (found.low, found.high) == rules.fractions(graph, half)
+    assert found.low <= found.fraction <= found.high
+    untested = forecast(table, graph, half)
+    assert (untested.basis, untested.expected_error, untested.low) == ("measured here", None, untested.high)
+    judged = table.model_copy(update={"held_out_errors": (0.01, -0.01), "mean_error": 0.01})
+    tested = forecast(judged, graph, half, elsewhere=True)
+    assert (tested.basis, tested.expected_error) == ("measured elsewhere", 0.01)
+    assert tested.high / tested.fraction == pytest.approx(1 + judged.uncertainty)
+    assert tested.low / tested.fraction == pytest.approx(1 - judged.uncertainty)
