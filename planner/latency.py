@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.optimize import nnls
 from scipy.stats import t as student_t
@@ -273,7 +274,9 @@ def _between(rules: Rules, operation: Operation, widths: tuple[int, int], near: 
     return rules.seconds(wanted) * float(np.average(scales, weights=weights))
 
 
-def _prior(graph: Graph, profile: Profile, names: Sequence[Key], matrix: np.ndarray, times: np.ndarray) -> np.ndarray:
+def _prior(
+    graph: Graph, profile: Profile, names: Sequence[Key], matrix: NDArray[np.float64], times: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Return the prior of the overhead and of each entry: its features at the rates that explain the probes."""
     rules = Rules(profile)
     operation = {o.signature: o for o in graph.operations}

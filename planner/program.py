@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
@@ -138,7 +139,7 @@ class Program:
         proof = Proof(status=status, objective=value, bound=bound, gap=float(result.mip_gap or 0.0))
         return self._choice(result.x), proof
 
-    def _choice(self, x: np.ndarray) -> Choice:
+    def _choice(self, x: NDArray[np.float64]) -> Choice:
         removed = frozenset(name for name, variable in self.leaves.items() if x[variable] > 0.5)
         keep = dict.fromkeys(self.candidates, 0)
         keep.update({name: count for (name, count), variable in self.keeps.items() if x[variable] > 0.5})
