@@ -160,7 +160,8 @@ class _Segments:
 
     def count(self, chosen: Bools) -> NDArray[Any]:
         """Return how many groups of each pool are chosen: (n,)."""
-        return np.asarray(np.add.reduceat(chosen.view(np.uint8), self._starts, 0, np.int64))
+        counts: NDArray[Any] = np.add.reduceat(chosen.view(np.uint8), self._starts, 0, np.int64)
+        return counts
 
     def spread(self, per_pool: NDArray[Any]) -> NDArray[Any]:
         """Give every group the number of its pool: (m,)."""
