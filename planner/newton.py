@@ -160,12 +160,12 @@ class _Segments:
 
     def count(self, chosen: Bools) -> NDArray[Any]:
         """Return how many groups of each pool are chosen: (n,)."""
-        counts: NDArray[Any] = np.add.reduceat(chosen.view(np.uint8), self._starts, 0, np.int64)
-        return counts
+        return np.add.reduceat(chosen.view(np.uint8), self._starts, 0, np.int64)
 
     def spread(self, per_pool: NDArray[Any]) -> NDArray[Any]:
         """Give every group the number of its pool: (m,)."""
-        return per_pool[self._pool]
+        spread: NDArray[Any] = per_pool[self._pool]
+        return spread
 
     def guess(self, c: Floats, b: float, k: Floats) -> Floats:
         """Return the multipliers, were no u_j clipped from below: (n,), up to rounding; `k` are budgets in groups."""
