@@ -283,7 +283,11 @@ def _prior(
     loads = [rules.load(operation[key[0]], key[1], key[2]) for key in names]
     ideal_s = np.array([rules.seconds(load) for load in loads])
     speed = float(np.median(times / (matrix[:, 1:] @ ideal_s)))  # of the probes beside the device at its peak
-    rows = [_features(rules, operation[key[0]], load) for key, load in zip(names, loads, strict=True)]
+    launch_s = max(rules.balance.launch_s, 0.02 * float(ideal_s.mean()))  # something, where the rules know none
+    rows = [
+        {**_features(rules, operation[key[0]], load), "launch": launch_s}
+        for key, load in zip(names, loads, strict=True)
+    ]
     kinds = list(dict.fromkeys(kind for row in rows for kind in row))
     table = np.array([[row.get(kind, 0.0) for kind in kinds] for row in rows]) * speed
     overhead_s = 0.02 * float(times.max())
@@ -304,6 +308,5 @@ def _features(rules: Rules, operation: Operation, load: Load) -> dict[str, float
         f"{kind}, beside" if load.beside else kind: load.penalty * load.macs / at.macs_per_s,
         "bytes" if operation.macs_per_pair else f"{kind} bytes": load.penalty * moved,
         "converted": load.converted_bytes / at.activation_bytes_per_s,
-        "launch": at.launch_s or 1e-6,
     }
     return {name: seconds for name, seconds in found.items() if seconds > 0}

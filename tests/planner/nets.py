@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from datetime import date
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,8 @@ from planner.graph import Graph, trace
 from planner.groups import group
 from planner.latency import Entry, LatencyTable
 from planner.structures import Depth, Filter
-from profiles.schema import Device, Dtype, Profile, Runtime
+from profiles.evidence import Source
+from profiles.schema import Device, Dtype, Peak, Profile, Runtime
 from tools.examples.resnet import ResNet
 
 PIXELS = (2, 3, 8, 8)
@@ -371,6 +373,15 @@ def anywhere() -> Profile:
         device=Device(vendor="any", kind="npu", arch="any"),
         runtime=Runtime(name="pytorch"),
         dtype=Dtype(weights="fp32", activations="fp32"),
+        peak=Peak(ops_per_s={"fp32_dense": 1.0}, confidence="computed", sources=("nowhere",)),
+        source=(
+            Source(
+                id="nowhere",
+                url="https://example.org",
+                quote="so slow that only work counts",
+                retrieved=date(2026, 11, 20),
+            ),
+        ),
     )
 
 
