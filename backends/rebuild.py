@@ -13,7 +13,7 @@ from backends.regraph import regraph
 from backends.surgery import surgery
 from planner.graph import Graph
 from planner.groups import group
-from planner.pools import excess
+from planner.pools import excess, flush_
 from planner.spec import Plan
 from planner.structures import Depth, Filter, Structure
 from profiles.errors import BuildError, PlanError
@@ -26,8 +26,8 @@ KEPT = "espalier_kept"  # the attribute of a rebuilt model that holds them
 def rebuild(plan: Plan, model: nn.Module, *, cases: int = 2) -> nn.Module:
     """Return the dense smaller model of a trained `model` whose planned groups are exactly zero.
 
-    Raises BuildError if the budget is missed, or if on fresh random inputs max|dense - masked| / max|masked| is above
-    1e-9 in float64 or above 1e-4 in the model's own precision.
+    No weight or buffer of it is subnormal. Raises BuildError if the budget is missed, or if on fresh random inputs
+    max|dense - masked| / max|masked| is above 1e-9 in float64 or above 1e-4 in the model's own precision.
     """
     graph = plan.graph(model)
     if over := excess(plan, model, graph):
@@ -37,6 +37,7 @@ def rebuild(plan: Plan, model: nn.Module, *, cases: int = 2) -> nn.Module:
             "pools); train for as many steps as the schedule has, or call planner.harden_(plan, model)"
         )
     dense = cut(model, graph, support(plan, model, graph), plan.choice.removed)
+    flush_(dense)
     proven(graph, model, dense, cases=cases, exact=plan.lossless)
     return dense
 
