@@ -76,7 +76,7 @@ def recurrent(state: Propagation, node: Node) -> list[Value]:
         return [unknown(state, node)] * 3
     hidden = state.of(layers[0][1])[-1].along(1)
     zero = _initial_zero(state, node, starts, hidden)
-    last = state.of(source)
+    last = _features(state, node, source)
     for index, own in enumerate(layers):
         if index and index % directions == 0:
             last = (_hidden(np.tile(hidden, directions), dims, zero),)
@@ -84,6 +84,18 @@ def recurrent(state: Propagation, node: Node) -> list[Value]:
     state.make(hidden, node)
     whole = (_hidden(np.tile(hidden, directions), dims, zero),)
     return [whole, *[(_hidden(hidden, dims, zero),)] * (2 if kind(node) == "lstm" else 1)]
+
+
+def _features(state: Propagation, node: Node, source: Any) -> Value:
+    """Return the track of the features; the steps, over which a state is carried, and the batch cannot be cut."""
+    out, dims = [], len(shape(source))
+    for whole in state.of(source):
+        track = state.single(whole, [dims - 1])
+        if track.axes == (dims - 1,):
+            out.append(track)
+        else:
+            state.freeze(track, f"steps of {place(node)}")
+    return tuple(out)
 
 
 def _hidden(units: Any, dims: int, zero: bool) -> Track:

@@ -107,6 +107,7 @@ def test_random_nets_compute_what_masked_ones_do(steps: list[Step], seed: int) -
 
 KEPT = {  # nets that were once wrong or refused without need
     "halves of two channels": [Step("classes", 0, 0, 1), Step("glu", 0, 1, 3)],
+    "steps of a recurrence": [Step("linear", 1, 2, 5), Step("recurrent", 0, 3, 6)],
     "rolled": [Step("conv", 0, 0, 6), Step("rolled", 0, 0, 5)],
     "pixels together and halved": [Step("conv", 0, 0, 1), Step("pixels together", 0, 0, 6), Step("glu", 1, 0, 1)],
 }
