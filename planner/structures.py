@@ -91,7 +91,7 @@ class Block:
     width: Width
     quantum: int
     profile_kind: ClassVar[str] = "block"
-    rebuilt_as: ClassVar[str] = "smaller tensors"
+    rebuilt_as: ClassVar[str] = "zeros in place"
 
     @property
     def name(self) -> str:
@@ -116,7 +116,7 @@ class Channel:
     tensor: str
     size: int
     profile_kind: ClassVar[str] = "in_channels"
-    rebuilt_as: ClassVar[str] = "smaller tensors"
+    rebuilt_as: ClassVar[str] = "zeros in place"
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from planner import Graph, Plan
+from planner.structures import of_width
 from profiles.errors import PlanError
 
 
@@ -35,6 +36,7 @@ def explained(graph: Graph, name: str) -> dict[str, Any]:
     told: list[str] = []
     if width := graph.width.get(name):
         told.append(f"{width.structure} {name}: {width.size} groups made by {', '.join(width.makers)}")
+        told.append(f"  the rebuild makes of it: {of_width(width).rebuilt_as}")
         told += [f"  tied by {where}" for where in width.ties]
         if width.lossy:
             told.append(f"  cutting it changes the output: {width.lossy}")
