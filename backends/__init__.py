@@ -9,10 +9,12 @@ from backends.estimate import Estimate
 from backends.export import export_onnx
 from backends.latency import Latency, Measurement, Ratio, ratio
 from backends.measure import Candidate, compare, measure
+from backends.memory import Memory, peak_memory
 from backends.rebuild import rebuild
 from backends.registry import installed, load
 from backends.samples import Samples
 from backends.shapes import crop, gather
+from backends.throughput import Throughput, throughput
 from backends.weights import load_pruned, load_rebuilt, save, save_pruned
 
 __all__ = [
@@ -21,8 +23,10 @@ __all__ = [
     "Estimate",
     "Latency",
     "Measurement",
+    "Memory",
     "Ratio",
     "Samples",
+    "Throughput",
     "carry_over",
     "compare",
     "crop",
@@ -33,8 +37,10 @@ __all__ = [
     "load_pruned",
     "load_rebuilt",
     "measure",
+    "peak_memory",
     "ratio",
     "rebuild",
     "save",
     "save_pruned",
+    "throughput",
 ]

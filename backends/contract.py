@@ -60,11 +60,15 @@ class Session:
 
 
 class Runtime(Protocol):
-    """One inference runtime: a module of `backends`, found by its name; its files end in `SUFFIX`."""
+    """One inference runtime: a module of `backends`, found by its name; its files end in `SUFFIX`.
+
+    Where two openings of one file differ in speed, `INSTANCES` are opened and timed.
+    """
 
     NAME: str
     EXTRA: str
     SUFFIX: str
+    INSTANCES: int
 
     def version(self) -> str:
         """Return the installed version; raises BackendUnavailable with the pip line."""

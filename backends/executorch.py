@@ -19,11 +19,12 @@ from profiles.errors import BackendUnavailable, BuildError
 if TYPE_CHECKING:
     from profiles.schema import Profile
 
-__all__ = ["EXTRA", "NAME", "SUFFIX", "Options", "build", "options_for", "session", "version"]
+__all__ = ["EXTRA", "INSTANCES", "NAME", "SUFFIX", "Options", "build", "options_for", "session", "version"]
 
 NAME = "executorch"
 EXTRA = "pip install 'espalier[executorch]'"
 SUFFIX = ".pte"
+INSTANCES = 2
 log = logging.getLogger(__name__)
 
 

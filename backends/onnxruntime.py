@@ -18,11 +18,12 @@ from profiles.errors import BackendUnavailable, BuildError
 if TYPE_CHECKING:
     from profiles.schema import Profile
 
-__all__ = ["EXTRA", "NAME", "SUFFIX", "Options", "build", "options_for", "session", "version"]
+__all__ = ["EXTRA", "INSTANCES", "NAME", "SUFFIX", "Options", "build", "options_for", "session", "version"]
 
 NAME = "onnxruntime"
 EXTRA = "pip install 'espalier[onnxruntime]'"
 SUFFIX = ".onnx"
+INSTANCES = 2
 _PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider",),

@@ -19,11 +19,23 @@ from profiles.errors import BackendUnavailable, BuildError
 if TYPE_CHECKING:
     from profiles.schema import Profile
 
-__all__ = ["EXTRA", "NAME", "SUFFIX", "Options", "build", "options_for", "properties_for", "session", "version"]
+__all__ = [
+    "EXTRA",
+    "INSTANCES",
+    "NAME",
+    "SUFFIX",
+    "Options",
+    "build",
+    "options_for",
+    "properties_for",
+    "session",
+    "version",
+]
 
 NAME = "openvino"
 EXTRA = "pip install 'espalier[openvino]'"
 SUFFIX = ".onnx"
+INSTANCES = 3
 _CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "INT8"}
 
 

@@ -30,11 +30,12 @@ from profiles.errors import BuildError
 if TYPE_CHECKING:
     from profiles.schema import Profile
 
-__all__ = ["EXTRA", "NAME", "SUFFIX", "Options", "build", "options_for", "session", "version"]
+__all__ = ["EXTRA", "INSTANCES", "NAME", "SUFFIX", "Options", "build", "options_for", "session", "version"]
 
 NAME = "pytorch"
 EXTRA = "pip install espalier"
 SUFFIX = ".safetensors"
+INSTANCES = 2
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -36,11 +36,24 @@ from profiles.errors import BackendUnavailable, BuildError
 if TYPE_CHECKING:
     from profiles.schema import Profile
 
-__all__ = ["EXTRA", "NAME", "SUFFIX", "Build", "Options", "build", "build_for", "options_for", "session", "version"]
+__all__ = [
+    "EXTRA",
+    "INSTANCES",
+    "NAME",
+    "SUFFIX",
+    "Build",
+    "Options",
+    "build",
+    "build_for",
+    "options_for",
+    "session",
+    "version",
+]
 
 NAME = "tensorrt"
 EXTRA = "pip install 'espalier[tensorrt]'"
 SUFFIX = ".engine"
+INSTANCES = 1
 _CAN = ("fp32", "fp16", "int8")
 
 

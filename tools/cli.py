@@ -6,10 +6,12 @@ Exit 0: done. 1: the answer is no (a budget missed, a parity failure). 2: wrong 
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -221,19 +223,31 @@ def measure(
     model: Annotated[str | None, typer.Option("--model", help="the dense model, for pytorch artifacts")] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="the plan of pytorch artifacts")] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="measuring time per artifact")] = 2.0,
+    streams: Annotated[int, typer.Option(min=0, help="also examples per second of so many streams at once")] = 0,
+    memory: Annotated[bool, typer.Option("--memory", help="also peak memory, in a process of its own")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="write raw measurements here")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure artifacts in turns; ratios are to the first one."""
+    from backends import compare, peak_memory, throughput
     from tools.console import Stage
-    from tools.stages import measured, measurement_table
+    from tools.stages import measurement_table, opened
 
-    with Stage(console).phase("measure in turns") as phase:
-        found = measured(artifacts, model=model, plan=plan, seconds=seconds, progress=phase.show)
-    content = [m.model_dump(mode="json") for m in found]
+    stage = Stage(console)
+    with stage.phase("measure in turns") as phase:
+        found = compare(opened(artifacts, model=model, plan=plan), seconds=seconds, progress=phase.show)
+    rates, memories = [], []
+    if streams:
+        with stage.phase(f"measure {streams} streams") as phase:
+            side_by_side = opened(artifacts, model=model, plan=plan, streams=streams)
+            rates = throughput(side_by_side, seconds=seconds, progress=phase.show)
+    if memory:
+        memories = [peak_memory(record) for record in artifacts]
+    parts: dict[str, Sequence[BaseModel]] = {"latency": found, "throughput": rates, "memory": memories}
+    content = {name: [each.model_dump(mode="json") for each in own] for name, own in parts.items()}
     if out is not None:
         atomic.write_text(out, json.dumps(content, indent=1) + "\n")
-    _print(as_json, content, measurement_table(found))
+    _print(as_json, content, measurement_table(found, rates, memories))
 
 
 @app.command()

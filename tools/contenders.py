@@ -93,7 +93,10 @@ def timed(
     for index, name in enumerate(names):
         runtime = load(name)
         candidates = [
-            Candidate.of(runtime, artifacts[c.label, name], inputs, label=c.label, model=c.model) for c in contenders
+            Candidate.of(
+                runtime, artifacts[c.label, name], inputs, label=c.label, model=c.model, instances=runtime.INSTANCES
+            )
+            for c in contenders
         ]
 
         def show(done: int, total: int, *, index: int = index, name: str = name) -> None:

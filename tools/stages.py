@@ -1,6 +1,6 @@
 """The verbs `compile` and `measure` on files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,9 +8,10 @@ from rich.table import Table
 from torch import nn
 
 import profiles
-from backends import Artifact, Candidate, Measurement, Samples, compare, load, ratio
+from backends import Artifact, Candidate, Measurement, Memory, Samples, Throughput, load, ratio
 from backends.weights import load_rebuilt
 from planner import Plan
+from planner.graph import random_input
 from profiles.errors import EspalierError
 from tools.sources import example_inputs, load_data, load_model
 
@@ -64,32 +65,33 @@ def told(artifact: Artifact) -> str:
     return "\n".join([*words, *artifact.remarks])
 
 
-def measured(
-    records: Sequence[Path],
-    *,
-    model: str | None,
-    plan: Path | None,
-    seconds: float,
-    progress: Callable[[int, int], None],
-) -> list[Measurement]:
-    """Measure the artifacts of these records in turns."""
+def opened(records: Sequence[Path], *, model: str | None, plan: Path | None, streams: int = 0) -> list[Candidate]:
+    """Open the artifacts of these records with random inputs: as often as their runtime asks, or `streams` times."""
     candidates = []
     for record in records:
         artifact = Artifact.load(record)
         generator = torch.Generator().manual_seed(0)
-        inputs = [torch.randn(spec.shape, generator=generator) for spec in artifact.inputs]
+        inputs = [random_input(spec.shape, spec.dtype, generator) for spec in artifact.inputs]
         net = None
-        if artifact.runtime == "pytorch":
+        if artifact.runtime == "pytorch" and artifact.settings.get("mode") != "exported":
             if model is None:
                 raise EspalierError(f"{record} is a pytorch artifact: give --model, and --plan if it is a rebuilt one")
             net = small_model(model, plan if artifact.plan_sha256 else None, Path(artifact.path))
-        candidates.append(Candidate.of(load(artifact.runtime), artifact, inputs, label=str(record), model=net))
-    return compare(candidates, seconds=seconds, progress=progress)
+        runtime = load(artifact.runtime)
+        instances = streams or runtime.INSTANCES
+        candidates.append(Candidate.of(runtime, artifact, inputs, label=str(record), model=net, instances=instances))
+    return candidates
 
 
-def measurement_table(measurements: Sequence[Measurement]) -> Table:
-    """Return latencies and ratios to the first, for the terminal."""
+def measurement_table(
+    measurements: Sequence[Measurement], rates: Sequence[Throughput], memories: Sequence[Memory]
+) -> Table:
+    """Return latencies and ratios to the first, for the terminal; with them throughput and memory where measured."""
     table = Table("artifact", "runtime", "p50 ms", "95 %", "p90 ms", "p99 ms", "speed-up", box=None)
+    if rates:
+        table.add_column(f"examples/s, {rates[0].streams} streams")
+    if memories:
+        table.add_column("peak MB")
     for m in measurements:
         low, high = m.latency_s.ci95
         gain = ratio(measurements[0], m)
@@ -101,5 +103,8 @@ def measurement_table(measurements: Sequence[Measurement]) -> Table:
             f"{m.latency_s.p90 * 1e3:.4f}",
             f"{m.latency_s.p99 * 1e3:.4f}",
             f"{gain.value:.2f}x [{gain.ci95[0]:.2f}, {gain.ci95[1]:.2f}]",
+            *(f"{rate.examples_per_s:.4g}" for rate in rates if rate.label == m.label),
+            *(f"{memory.added_bytes / 1e6:.1f}" for memory in memories if memory.label == m.label),
         )
+    table.caption = "\n".join(f"{m.label}: {m.remark}; measure again" for m in measurements if m.remark) or None
     return table

@@ -17,9 +17,10 @@ from torch import nn
 import backends
 from backends import affinity
 from backends.affinity import pinned
+from backends.disturbance import disturbed
 from backends.environment import Environment
 from backends.latency import Latency
-from backends.measure import MIN_ROUNDS, SAMPLES_KEPT, Candidate, Measurement, compare
+from backends.measure import MIN_ROUNDS, SAMPLES_KEPT, Candidate, Clock, Measurement, compare
 from profiles.errors import BuildError
 
 US = 1_000
@@ -31,11 +32,13 @@ class Machine:
     """A clock in nanoseconds that moves only when a candidate runs, and a log of what ran."""
 
     now: int = 0
+    stolen: int = 0  # ns in which something else computed
     ran: list[str] = field(default_factory=list)
     load: Callable[[int], float] = lambda now: 1.0
 
-    def clock(self) -> int:
-        return self.now
+    @property
+    def clock(self) -> Clock:
+        return Clock(lambda: self.now, lambda: self.now - self.stolen)
 
     def candidate(self, label: str, *durations_ns: int) -> Candidate:
         """Return a candidate whose runs last `durations_ns` in turn, times the load of the machine."""
@@ -45,7 +48,7 @@ class Machine:
             self.ran.append(label)
             self.now += round(next(durations) * self.load(self.now))
 
-        return Candidate(label, run, runtime="fake", runtime_version="1")
+        return Candidate(label, (run,), runtime="fake", runtime_version="1")
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +164,12 @@ def test_a_clock_too_coarse_to_see_a_run_does_not_hang() -> None:
 def test_the_garbage_collector_is_off_while_a_run_is_timed_and_on_again_after() -> None:
     machine, states = Machine(), []
     inner = machine.candidate("a", MS)
-    spy = Candidate("a", lambda: (states.append(gc.isenabled()), inner.run()), runtime="fake", runtime_version="1")
+
+    def watched() -> None:
+        states.append(gc.isenabled())
+        inner.runs[0]()
+
+    spy = Candidate("a", (watched,), runtime="fake", runtime_version="1")
     (found,) = compare([spy], rounds=5, clock=machine.clock)
     assert states.count(True) == 1 + 5  # the cold run, and the untimed first run of each block
     assert states.count(False) == found.runs + found.warmup_runs - 1
@@ -174,7 +182,7 @@ def test_a_failing_run_leaves_collector_and_cores_as_they_were() -> None:
 
     before = affinity._allowed()
     with pytest.raises(RuntimeError, match="broken"):
-        compare([Candidate("a", fail, runtime="fake", runtime_version="1")])
+        compare([Candidate("a", (fail,), runtime="fake", runtime_version="1")])
     assert gc.isenabled()
     assert affinity._allowed() == before
 
@@ -269,6 +277,61 @@ def test_bootstrap_intervals_contain_the_truth_about_as_often_as_they_claim() ->
     assert 88 <= hits["median"] <= 100
 
 
+def test_a_disturbed_round_is_measured_again_and_counted() -> None:
+    machine = Machine()
+    machine.load = lambda now: 2.0 if 300 * MS < now < 500 * MS else 1.0  # once, for a fifth of a second
+    a, b = compare([machine.candidate("a", 3 * MS), machine.candidate("b", MS)], seconds=1.0, clock=machine.clock)
+    assert (a.disturbed_rounds, b.disturbed_rounds) == (0, 0)
+    assert 0 < a.repeated_rounds == b.repeated_rounds < a.rounds
+    assert max(a.round_medians_s) == pytest.approx(3e-3)
+    assert max(b.round_medians_s) == pytest.approx(1e-3)
+
+
+def test_what_stays_disturbed_is_marked_after_as_many_rounds_again() -> None:
+    machine, dice = Machine(), np.random.default_rng(0)
+    loads = [float(2 ** dice.uniform(-1, 1)) for _ in range(1000)]
+    machine.load = lambda now: loads[now // (33 * MS) % 1000]
+    (found,) = compare([machine.candidate("a", MS)], seconds=1.0, clock=machine.clock)
+    assert found.repeated_rounds == found.rounds == 33
+    assert found.disturbed_rounds > 7
+    assert found.remark.startswith(f"{found.disturbed_rounds} of 33 rounds were disturbed")
+
+
+def test_rounds_in_which_the_process_lost_its_core_are_disturbed() -> None:
+    relative, busy = np.ones((9, 2)), np.ones((9, 2))
+    busy[4, 1] = 0.8
+    assert disturbed(relative, busy).nonzero()[0].tolist() == [4]
+    relative[6] = (1.2, 1.2)
+    relative[7] = (1.15, 0.87)  # one up, one down: noise of theirs, not of the machine
+    assert disturbed(relative, busy).nonzero()[0].tolist() == [4, 6]
+
+
+def test_a_load_that_lasts_all_the_while_shows_in_the_share_of_cpu_time() -> None:
+    machine = Machine()
+
+    def run() -> None:
+        machine.now += 2 * MS
+        machine.stolen += MS
+
+    (found,) = compare([Candidate("a", (run,), "fake", "1")], clock=machine.clock)
+    assert found.cpu_share == pytest.approx(0.5)
+    assert found.remark == "the process had its core for 50% of the time"
+    assert found.disturbed_rounds == 0
+    (alone,) = compare([machine.candidate("b", MS)], clock=machine.clock)
+    assert (alone.cpu_share, alone.remark) == (pytest.approx(1.0), "")
+
+
+def test_instances_run_in_turns_and_their_difference_is_in_the_interval() -> None:
+    machine = Machine()
+    fast, slow = machine.candidate("fast", 95 * US * 10), machine.candidate("slow", 105 * US * 10)
+    both = Candidate("both", (*fast.runs, *slow.runs), runtime="fake", runtime_version="1")
+    (found,) = compare([both], seconds=2.0, clock=machine.clock)
+    assert found.instance_medians_s == pytest.approx((0.95e-3, 1.05e-3))
+    assert found.latency_s.p50 == pytest.approx(1e-3)
+    assert found.latency_s.ci95 == pytest.approx((0.95e-3, 1.05e-3))
+    assert found.disturbed_rounds == 0
+
+
 def test_a_ratio_of_separate_measurements_is_refused() -> None:
     (a, _), (_, b) = paired(np.ones(5), np.ones(5)), paired(np.ones(5), np.ones(5))
     with pytest.raises(BuildError, match="measure both in one compare"):
@@ -336,6 +399,8 @@ def test_a_measurement_says_what_was_measured(name: str, tmp_path: Path) -> None
     artifact = runtime.build(model, inputs, None, tmp_path / "model.bin")
     found = backends.measure(runtime, artifact, inputs, seconds=0.01, model=model)
     assert (found.runtime, found.runtime_version, found.artifact_sha256) == (name, runtime.version(), artifact.sha256)
-    assert (found.threads, found.label, found.rounds) == (1, artifact.path, MIN_ROUNDS)
+    assert (found.threads, found.label) == (1, artifact.path)
+    assert MIN_ROUNDS <= found.rounds < MIN_ROUNDS + runtime.INSTANCES
+    assert len(found.instance_medians_s) == runtime.INSTANCES
     with pytest.raises(BuildError, match="was built for"):
         backends.measure(runtime, artifact, (torch.zeros(2, 3),), model=model)

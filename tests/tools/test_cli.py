@@ -170,11 +170,13 @@ def test_every_verb_works_file_to_file(call: Call, tmp_path: Path) -> None:
     assert json_of("compile", "--model", MODEL, *shape, "--out", "dense.onnx")["plan_sha256"] is None
     assert json_of("compile", *small, "--out", "small.pt.safetensors", "--runtime", "pytorch")["runtime"] == "pytorch"
     records = ("dense.onnx.json", "small.onnx.json")
-    assert len(json_of("measure", *records, "--seconds", "0.05", "--out", "raw.json")) == 2
+    measured = json_of("measure", *records, "--seconds", "0.05", "--streams", "2", "--memory", "--out", "raw.json")
+    assert {what: len(found) for what, found in measured.items()} == {"latency": 2, "throughput": 2, "memory": 2}
+    assert all(found["streams"] == 2 and found["examples_per_s"] > 0 for found in measured["throughput"])
     of_pytorch = ("small.pt.safetensors.json", "--model", MODEL, "--plan", "plan.json")
     pytorch = json_of("measure", *of_pytorch, "--seconds", "0.05")
-    assert pytorch[0]["runtime"] == "pytorch"
-    assert len(json.loads((tmp_path / "raw.json").read_text())) == 2
+    assert pytorch["latency"][0]["runtime"] == "pytorch"
+    assert json.loads((tmp_path / "raw.json").read_text()) == measured
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # no half-written file
 
 
