@@ -19,7 +19,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -34,12 +33,12 @@ from scipy.stats import t as student_t
 from planner.graph import Graph
 from planner.operations import Choice, Operation
 from planner.roofline import EXPECTED_ERROR, Load, Rules
-from planner.spec import canonical, read
+from planner.spec import Prediction, canonical, read
 from profiles import Profile, atomic
 from profiles import load as profile_of
 from profiles.errors import PlanError, ProfileError
 
-__all__ = ["Basis", "Costs", "Entry", "Forecast", "Key", "LatencyTable", "Probe", "Rules", "fit", "forecast", "keys"]
+__all__ = ["Costs", "Entry", "Key", "LatencyTable", "Probe", "Rules", "fit", "forecast", "keys"]
 
 Key = tuple[str, int, int]  # operation signature, input channels, output channels
 _MEASURED, _PRIOR = 0.01, 0.3  # assumed relative standard deviations of a probe and of the prior
@@ -167,32 +166,42 @@ class LatencyTable(_Part):
 
 
 Costs = LatencyTable | Rules
-Basis = Literal["measured here", "measured elsewhere", "documented"]
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """A predicted fraction of the dense latency, what it rests on, and how far to trust it."""
-
-    basis: Basis
-    fraction: float
-    low: float
-    high: float
-    expected_error: float | None  # mean relative error; None: a table that was never held against other networks
-
-
-def forecast(costs: Costs, graph: Graph, choice: Choice, *, elsewhere: bool = False) -> Forecast:
-    """Return what a choice is expected to take; `elsewhere`: the table was measured under other conditions.
+def forecast(costs: Costs, graph: Graph, choice: Choice) -> Prediction:
+    """Return what a choice is expected to take.
 
     The range of a table is its 95 % prediction interval, that of the rules is what they leave open.
     """
-    fraction = costs.latency(graph, choice) / costs.latency(graph, graph.dense)
+    full = graph.choice(choice.keep, choice.removed)
+    dense_s, latency_s = costs.latency(graph, graph.dense), costs.latency(graph, full)
+    fraction, macs, dense_macs = latency_s / dense_s, graph.macs(full), graph.macs(graph.dense)
     if isinstance(costs, Rules):
-        return Forecast("documented", fraction, *costs.fractions(graph, choice), expected_error=EXPECTED_ERROR)
-    basis: Basis = "measured elsewhere" if elsewhere else "measured here"
+        low, high = costs.fractions(graph, full)
+        return Prediction(
+            basis="documented",
+            fraction=fraction,
+            low=low,
+            high=high,
+            expected_error=EXPECTED_ERROR,
+            dense_s=None,
+            latency_s=None,
+            macs=macs,
+            dense_macs=dense_macs,
+        )
     off = min(costs.uncertainty, 1.0)
-    error = costs.mean_error if costs.held_out_errors else None
-    return Forecast(basis, fraction, fraction * (1 - off), fraction * (1 + off), error)
+    return Prediction(
+        basis="measured here",
+        fraction=fraction,
+        low=fraction * (1 - off),
+        high=fraction * (1 + off),
+        expected_error=costs.mean_error if costs.held_out_errors else None,
+        dense_s=dense_s,
+        latency_s=latency_s,
+        macs=macs,
+        dense_macs=dense_macs,
+        table_sha256=costs.sha256,
+    )
 
 
 def keys(graph: Graph, candidates: Mapping[str, Sequence[int]]) -> list[Key]:

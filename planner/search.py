@@ -12,11 +12,11 @@ from planner.blocks import Block
 from planner.graph import Graph, trace
 from planner.groups import group
 from planner.importance import Importance, magnitude
-from planner.latency import Costs, LatencyTable, Rules
+from planner.latency import Costs, LatencyTable, Rules, forecast
 from planner.operations import Choice
 from planner.program import Program
 from planner.scope import Scope
-from planner.spec import BlockPlan, InputSpec, Plan, Pool, Prediction, Proof, WidthPlan
+from planner.spec import BlockPlan, InputSpec, Plan, Pool, Proof, WidthPlan
 from planner.structures import Depth, Filter, of_width
 from planner.widths import Width
 from profiles import Profile
@@ -223,25 +223,9 @@ class _Problem:
             blocks=blocks,
             pools=per_width_pools(widths, blocks),
             importance=self.importance.name,
-            predicted=_predicted(self.graph, self.costs, choice),
+            predicted=forecast(self.costs, self.graph, choice),
             proof=proof,
         )
-
-
-def _predicted(graph: Graph, costs: Costs, choice: Choice) -> Prediction:
-    full = graph.choice(choice.keep, choice.removed)
-    dense_s, latency_s = costs.latency(graph, graph.dense), costs.latency(graph, full)
-    table = costs if isinstance(costs, LatencyTable) else None
-    return Prediction(
-        basis="table" if table else "rules",
-        dense_s=dense_s if table else None,
-        latency_s=latency_s if table else None,
-        fraction=latency_s / dense_s,
-        macs=graph.macs(full),
-        dense_macs=graph.macs(graph.dense),
-        table_sha256=table.sha256 if table else None,
-        table_error=table.mean_error if table else None,
-    )
 
 
 def _marginal(graph: Graph, costs: Costs, name: str, keep: int) -> float:

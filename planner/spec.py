@@ -17,6 +17,7 @@ from profiles.errors import PlanError
 T = TypeVar("T", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Basis = Literal["measured here", "measured elsewhere", "documented"]
 
 
 class _Part(BaseModel):
@@ -70,16 +71,24 @@ class Pool(_Part):
 
 
 class Prediction(_Part):
-    """What the planner expects, and on what it rests."""
+    """What the planner expects of a network, what that rests on, and how far to trust it."""
 
-    basis: Literal["table", "rules"]  # a table measured on the device, or the profile's documented granularity alone
+    basis: Basis  # a table measured on this device, or on another; or the profile's documented rules alone
+    fraction: Positive  # of the dense latency
+    low: Annotated[float, Field(ge=0)]  # of the 95 % interval of a table; of what the rules leave open
+    high: Positive
+    expected_error: Annotated[float, Field(ge=0)] | None  # mean relative; None: never held against other networks
     dense_s: float | None  # None: the rules know ratios only
     latency_s: float | None
-    fraction: Positive
     macs: Count
     dense_macs: Count
     table_sha256: str | None = None
-    table_error: float | None = None  # mean relative error of the table on networks that it was not fitted to
+
+    @property
+    def trust(self) -> str:
+        """What it rests on and how far it is off on average, in words."""
+        error = "unknown" if self.expected_error is None else f"{self.expected_error:.1%}"
+        return f"{self.basis}, expected error {error}"
 
 
 class Proof(_Part):
@@ -124,6 +133,11 @@ class Plan(_Part):
     def sha256(self) -> str:
         """The digest of the content."""
         return hashlib.sha256(canonical(self.model_dump(mode="json"))).hexdigest()
+
+    def from_elsewhere(self, reasons: tuple[str, ...]) -> Self:
+        """Return the plan that says why its latency table does not belong to this machine or to these conditions."""
+        predicted = self.predicted.model_copy(update={"basis": "measured elsewhere"})
+        return self.model_copy(update={"predicted": predicted, "notes": (*self.notes, *reasons)})
 
     def save(self, path: Path | str) -> None:
         """Write the plan as JSON with its digest, atomically."""

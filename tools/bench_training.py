@@ -130,7 +130,15 @@ def uniform(model: nn.Module, inputs: tuple[Tensor, ...], *, keep: float) -> Pla
         pools=per_width_pools(widths, blocks),
         importance="none",
         predicted=Prediction(
-            basis="rules", dense_s=None, latency_s=None, fraction=share, macs=macs, dense_macs=dense_macs
+            basis="documented",
+            fraction=share,
+            low=share,
+            high=share,
+            expected_error=None,
+            dense_s=None,
+            latency_s=None,
+            macs=macs,
+            dense_macs=dense_macs,
         ),
         proof=Proof(status="given", objective=0.0, bound=0.0, gap=0.0),
     )

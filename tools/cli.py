@@ -135,7 +135,7 @@ def plan(
     made = planner.plan(net, example, device, latency=latency, table=costs, importance=importance, scope=scope)
     if global_budget:
         made = planner.with_global_budget(made, net)
-    made = made.model_copy(update={"notes": (*made.notes, *reasons)})
+    made = made.from_elsewhere(tuple(reasons)) if reasons else made
     made.save(out)
     _print(as_json, made.model_dump(mode="json"), plan_table(made))
 

@@ -66,9 +66,9 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(width.name, str(width.dense), keep, " ".join(map(str, width.considered)))
     p = plan.predicted
     seconds = f", {p.latency_s * 1e3:.3f} ms of {p.dense_s * 1e3:.3f} ms" if p.latency_s and p.dense_s else ""
-    basis = "table measured here" if p.basis == "table" else "profile's documented rules only: run calibrate for times"
+    remedy = "; run calibrate for times" if p.basis == "documented" else ""
     table.caption = (
-        f"predicted latency {p.fraction:.3f} of dense{seconds} ({basis}); MACs {p.macs / p.dense_macs:.3f} of dense; "
-        f"solved to gap {plan.proof.gap:g}"
+        f"predicted latency {p.fraction:.3f} ({p.low:.3f} to {p.high:.3f}) of dense{seconds} ({p.trust}{remedy}); "
+        f"MACs {p.macs / p.dense_macs:.3f} of dense; solved to gap {plan.proof.gap:g}"
     )
     return table

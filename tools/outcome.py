@@ -90,8 +90,8 @@ class Verdict(Plain):
 class Outcome(Plain):
     """Everything that a report says.
 
-    `equivalence` is the largest relative error between the masked and the rebuilt model, `parity` the same between the
-    rebuilt model in PyTorch and in each runtime.
+    `trust` says what the predictions rest on, and their expected error. `equivalence` is the largest relative error
+    between the masked and the rebuilt model, `parity` that between the rebuilt model in PyTorch and in each runtime.
     """
 
     schema_version: Literal[1] = 1
@@ -101,6 +101,7 @@ class Outcome(Plain):
     created: str
     budget: str
     budget_s: Seconds
+    trust: str = ""
     accuracy: Accuracy
     rows: list[Row]
     widths: list[WidthRow]

@@ -245,6 +245,7 @@ def _finish(run: Run, plan: Plan, table: LatencyTable, model: nn.Module, dense_a
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         budget=f"{plan.target_fraction:.0%} of dense",
         budget_s=plan.target_fraction * (plan.predicted.dense_s or 0.0),
+        trust=plan.predicted.trust,
         accuracy=accuracy,
         rows=table_rows,
         widths=_widths(plan),

@@ -46,6 +46,7 @@ def render(outcome: Outcome, *, table: LatencyTable | None = None) -> str:
         outcome=outcome,
         table=table,
         headline=headline(outcome),
+        predicted_for=_predicted_for(outcome),
         drawings={name: _drawing(figure, name) for name, figure in drawings.items()},
         colours=figures.COLOURS,
         steps=list(zip(figures.elapsed(history), history, strict=True)),
@@ -63,7 +64,7 @@ def headline(outcome: Outcome) -> str:
 
 def table(outcome: Outcome) -> Table:
     """The measurements for a terminal of 100 columns or more, one line per model and runtime."""
-    caption = Text(f"{_accuracies(outcome)}\n{NOTES.format(outcome.profile)}", style="dim")
+    caption = Text(f"{_accuracies(outcome)}\n{NOTES.format(_predicted_for(outcome))}", style="dim")
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption=caption, caption_justify="left")
     for name in MODEL_COLUMNS + RUNTIME_COLUMNS:
         shown.add_column(name, justify="left" if name in LEFT_COLUMNS else "right", no_wrap=name != "model")
@@ -80,7 +81,11 @@ def markdown(outcome: Outcome) -> str:
     rules = [":--" if name in LEFT_COLUMNS else "--:" for name in columns]
     body = [[_unmarked(cell) for cell in line] for row in outcome.rows for line in _lines(row, outcome.runtimes)]
     rows = "".join(f"| {' | '.join(cells)} |\n" for cells in [columns, rules, *body])
-    return f"{rows}\n{_unmarked(_accuracies(outcome))}; {_unmarked(NOTES.format(outcome.profile))}\n"
+    return f"{rows}\n{_unmarked(_accuracies(outcome))}; {_unmarked(NOTES.format(_predicted_for(outcome)))}\n"
+
+
+def _predicted_for(outcome: Outcome) -> str:
+    return f"{outcome.profile} ({outcome.trust})" if outcome.trust else outcome.profile
 
 
 def _accuracies(outcome: Outcome) -> str:

@@ -199,12 +199,14 @@ def test_a_forecast_says_what_it_rests_on_and_how_far_to_trust_it() -> None:
     half, rules = graph.choice({"0": 32}), Rules(profiles.load(ORT))
     found = forecast(rules, graph, half)
     assert (found.basis, found.expected_error) == ("documented", EXPECTED_ERROR)
+    assert found.trust == f"documented, expected error {EXPECTED_ERROR:.1%}"
     assert (found.low, found.high) == rules.fractions(graph, half)
     assert found.low <= found.fraction <= found.high
     untested = forecast(table, graph, half)
     assert (untested.basis, untested.expected_error, untested.low) == ("measured here", None, untested.high)
+    assert untested.trust == "measured here, expected error unknown"
     judged = table.model_copy(update={"held_out_errors": (0.01, -0.01), "mean_error": 0.01})
-    tested = forecast(judged, graph, half, elsewhere=True)
-    assert (tested.basis, tested.expected_error) == ("measured elsewhere", 0.01)
+    tested = forecast(judged, graph, half)
+    assert (tested.basis, tested.expected_error) == ("measured here", 0.01)
     assert tested.high / tested.fraction == pytest.approx(1 + judged.uncertainty)
     assert tested.low / tested.fraction == pytest.approx(1 - judged.uncertainty)

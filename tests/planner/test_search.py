@@ -246,13 +246,20 @@ def test_a_plan_survives_its_file(name: str, latency: float | str, tmp_path: Pat
 def test_rules_alone_predict_ratios_and_never_seconds() -> None:
     plan = planner.plan(ResNet(1, (64, 64, 64)), INPUTS, profiles.load("x86_64_v4.onnxruntime.fp32"), latency=0.5)
     predicted = plan.predicted
-    assert (predicted.basis, predicted.dense_s, predicted.latency_s) == ("rules", None, None)
-    assert 0 < predicted.fraction <= 0.5
+    assert (predicted.basis, predicted.dense_s, predicted.latency_s) == ("documented", None, None)
+    assert 0 < predicted.low <= predicted.fraction <= min(0.5, predicted.high)
     assert {width.keep % 16 for width in plan.widths if width.keep not in (0, 8, width.dense)} <= {0}
     assert {pool.name: pool.budget for pool in plan.pools} == {
         **{width.name: width.keep for width in plan.widths if 0 < width.keep < width.dense},
         **{block.name: 0 for block in plan.blocks if block.removed},
     }
+
+
+def test_a_plan_with_a_table_from_elsewhere_says_so_and_why() -> None:
+    plan = planner.plan(ResNet(1, (16, 16, 16)), INPUTS, nets.anywhere(), latency=0.5)
+    noted = plan.from_elsewhere(("it was measured at batch 8",))
+    assert noted.predicted.basis == "measured elsewhere"
+    assert noted.notes == (*plan.notes, "it was measured at batch 8")
 
 
 def test_everything_may_stay() -> None:
