@@ -1,4 +1,4 @@
-"""Networks for 224x224 images: ResNet-18, MobileNetV2 and ViT-Tiny, with random weights."""
+"""Networks for 224x224 images, with random weights: ResNets, DenseNet-201, MobileNetV2 and vision transformers."""
 
 from collections.abc import Callable
 
@@ -21,6 +21,21 @@ def resnet18() -> nn.Module:
     return _seeded(lambda: _resnet((64, 128, 256, 512)))
 
 
+def resnet50() -> nn.Module:
+    """ResNet-50 (He et al. 2016): 25.6 million parameters."""
+    return _seeded(lambda: _bottlenecks((3, 4, 6, 3)))
+
+
+def resnet152() -> nn.Module:
+    """ResNet-152 (He et al. 2016): 60.2 million parameters."""
+    return _seeded(lambda: _bottlenecks((3, 8, 36, 3)))
+
+
+def densenet201() -> nn.Module:
+    """DenseNet-201 (Huang et al. 2017): 20.0 million parameters."""
+    return _seeded(lambda: _densenet((6, 12, 48, 32), growth=32))
+
+
 def mobilenet_v2() -> nn.Module:
     """MobileNetV2 at width 1.0: 3.5 million parameters."""
     return _seeded(_mobilenet)
@@ -29,6 +44,11 @@ def mobilenet_v2() -> nn.Module:
 def vit_tiny() -> nn.Module:
     """ViT-Tiny with patches of 16x16 (Touvron et al. 2021): 5.7 million parameters."""
     return _seeded(lambda: VisionTransformer(192, heads=3, depth=12))
+
+
+def vit_b16() -> nn.Module:
+    """ViT-B with patches of 16x16 (Dosovitskiy et al. 2021): 86.6 million parameters."""
+    return _seeded(lambda: VisionTransformer(768, heads=12, depth=12))
 
 
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -54,6 +74,56 @@ def _convolution(
 ) -> list[nn.Module]:
     conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(outputs), act()]
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut, which is the input itself where shapes agree."""
+
+    def __init__(self, inputs: int, width: int, *, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        inner = [*_convolution(inputs, width, 1), *_convolution(width, width, 3, stride=stride)]
+        self.body = nn.Sequential(*inner, *_convolution(width, outputs, 1)[:2])
+        changes = stride > 1 or inputs != outputs
+        self.shortcut = nn.Sequential(*_convolution(inputs, outputs, 1, stride=stride)[:2]) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.body(x) + (x if self.shortcut is None else self.shortcut(x)))
+
+
+def _bottlenecks(depths: tuple[int, ...]) -> nn.Module:
+    layers: list[nn.Module] = [*_convolution(3, 64, 7, stride=2), nn.MaxPool2d(3, 2, 1)]
+    inputs = 64
+    for stage, depth in enumerate(depths):
+        for index in range(depth):
+            layers.append(Bottleneck(inputs, 64 << stage, stride=2 if stage and not index else 1))
+            inputs = 256 << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES))
+
+
+class DenseLayer(nn.Module):
+    """A bottleneck of 4 x `growth` channels that reads all that came before, and joins `growth` channels to it."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        before = [nn.BatchNorm2d(inputs), nn.ReLU(), *_convolution(inputs, 4 * growth, 1)]
+        self.body = nn.Sequential(*before, nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.body(x)], 1)
+
+
+def _densenet(depths: tuple[int, ...], *, growth: int) -> nn.Module:
+    layers, inputs = [*_convolution(3, 64, 7, stride=2), nn.MaxPool2d(3, 2, 1)], 64
+    for stage, depth in enumerate(depths):
+        for _ in range(depth):
+            layers.append(DenseLayer(inputs, growth))
+            inputs += growth
+        layers += [nn.BatchNorm2d(inputs), nn.ReLU()]
+        if stage < len(depths) - 1:
+            layers += [nn.Conv2d(inputs, inputs // 2, 1, bias=False), nn.AvgPool2d(2)]
+            inputs //= 2
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES))
 
 
 class InvertedResidual(nn.Module):
