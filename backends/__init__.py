@@ -5,6 +5,7 @@ Importing this package imports no inference runtime; `load` does.
 
 from backends.artifact import Artifact
 from backends.carry import carry_over
+from backends.channels import select
 from backends.estimate import Estimate
 from backends.export import export_onnx
 from backends.latency import Latency, Measurement, Ratio, ratio
@@ -42,5 +43,6 @@ __all__ = [
     "rebuild",
     "save",
     "save_pruned",
+    "select",
     "throughput",
 ]

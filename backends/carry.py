@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from backends.rebuild import KEPT, masks_of
-from backends.shapes import CROPPED, GatheredConv2d
+from backends.rebuild import masks_of
+from backends.record import CROPPED, KEPT, SELECTED
+from backends.shapes import GatheredConv2d
 from planner.graph import Graph, aliases
 from profiles.errors import PlanError
 
@@ -22,10 +23,10 @@ _SQUARED = ("sq", "square", "sum", "var")  # parts of the names of what is in sq
 def carry_over(optimizer: Own, model: nn.Module, dense: nn.Module, *, graph: Graph) -> Own:
     """Return an optimizer like that of `model`, for `dense`, that goes on where it is: s'[i] = s[kept[i]].
 
-    `dense` is what `rebuild`, and then `crop` or `gather`, made of `model`, and `graph` is `plan.graph(model)`. The new
-    optimizer is of the same class, with the same parameter groups in the same order and with their options; what left
-    the model left its group. State of the shape of a parameter, or of its shape with some axes 1, is cut like it;
-    numbers such as the count of steps are copied. Parameters that are not the model's own stay in it, those without
+    `dense` is what `rebuild`, and then `crop`, `gather` or `select`, made of `model`; `graph` is `plan.graph(model)`.
+    The new optimizer is of the same class, with the same parameter groups in the same order and with their options;
+    what left the model left its group. State of the shape of a parameter, or of its shape with some axes 1, is cut like
+    it; numbers such as the count of steps are copied. Parameters that are not the model's own stay in it, those without
     state have none, and a weight of several names is one. A proximal step and other hooks are not carried over.
 
     A scheduler holds its optimizer and has to be made again: `new = StepLR(carried, 30)`, then
@@ -104,7 +105,7 @@ def _stays(model: nn.Module, dense: nn.Module, graph: Graph) -> dict[int, _Stay]
         if here := next((other for other in names[name] if other in others), None):
             path = here.rpartition(".")[0]
             owner = dense.get_submodule(path)
-            own = masks.get(name, {}) | _cropped(dense, old, names[name])
+            own = _selected(dense, old, names[name], masks.get(name, {}) | _cropped(dense, old, names[name]))
             gathered = owner if isinstance(owner, GatheredConv2d) and here.endswith("weight") else None
             found[id(old)] = _checked(_Stay(name, old, others[here], own, gathered), factors.get(path, 1.0))
     return found
@@ -118,6 +119,18 @@ def _cropped(dense: nn.Module, old: nn.Parameter, names: list[str]) -> dict[int,
         masks[axis] = torch.zeros(old.shape[axis], dtype=torch.bool)
         masks[axis][first:end] = True
     return masks
+
+
+def _selected(dense: nn.Module, old: nn.Parameter, names: list[str], masks: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return the masks of a weight, along its input channels with those alone that are selected of what stays."""
+    stays = next((own for name, own in getattr(dense, SELECTED, {}).items() if name in names), None)
+    if stays is None:
+        return masks
+    axis = next(i for i, size in enumerate(stays.shape) if size > 1)
+    mask = masks.get(axis, torch.ones(old.shape[axis], dtype=torch.bool)).clone()
+    if int(mask.sum()) == stays.numel():  # else its shapes are found not to fit
+        mask[mask.nonzero().flatten()] = stays.flatten()
+    return {**masks, axis: mask}
 
 
 def _checked(stay: _Stay, factor: float) -> _Stay:

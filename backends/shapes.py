@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backends.equivalence import TOLERANCE_FLOAT64, proven
-from backends.rebuild import KEPT
+from backends.layers import as_many, own_forward, replaced, weight_of
+from backends.record import CROPPED, GATHERED, copied, record_
 from planner.graph import Graph
 from profiles.errors import BuildError
 
@@ -27,7 +28,6 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Pads = tuple[tuple[int, int], ...]  # per axis: positions added before and after; where negative, left out
 Windows = tuple[tuple[int, int, int, int], ...]  # y, x, and where its channels begin and end among those gathered
 Bounds = tuple[tuple[int, int], ...]  # per axis of a kernel: the first position that stays, and the end
-CROPPED = "espalier_cropped"  # the attribute of a cropped model: {weight: Bounds} of the kernels before
 
 
 class _Like(nn.Module):
@@ -76,8 +76,8 @@ class GatheredConv2d(_Like):
 
     channels: Tensor
 
-    def __init__(self, conv: nn.Conv2d | CroppedConv) -> None:
-        alive = _alive(conv.weight)  # (inputs per group, height, width)
+    def __init__(self, conv: nn.Conv2d | CroppedConv, alive: Tensor) -> None:
+        """Take what is `alive`, (inputs per group, height, width), of the kernel of `conv`."""
         places = itertools.product(*map(range, alive.shape[1:]))
         found = [(y, x, alive[:, y, x].nonzero().flatten()) for y, x in places if alive[:, y, x].any()]
         ends = list(itertools.accumulate(len(own) for _, _, own in found))
@@ -131,22 +131,27 @@ def crop(model: nn.Module, graph: Graph, *, ignored_layers: Collection[str] = ()
 
     Raises BuildError, naming the layer, if the copy computes anything else on random inputs (float64: 1e-9).
     """
-    bounds = {
-        name: _bounds(_alive(layer.weight).any(0))
-        for name, layer in _alone(model, ignored_layers).items()
-        if not _is_whole(layer)
-    }
-    dense = _cropped(model, bounds)
+    bounds = {name: _bounds(_alive(layer.weight).any(0)) for name, layer in _croppable(model, ignored_layers).items()}
+    dense = cropped(model, bounds)
     for name in bounds:
         _prove_layer(name, model.get_submodule(name), dense.get_submodule(name))
     try:
         if bounds:
             proven(graph, model, dense)
     except BuildError as error:
-        worst = next((name for name in bounds if not _fits(graph, model, _cropped(model, {name: bounds[name]}))), "")
+        worst = next((name for name in bounds if not _fits(graph, model, cropped(model, {name: bounds[name]}))), "")
         named = worst or ", ".join(bounds)
         raise BuildError(f"{named} cannot be cropped: {error}; name it in ignored_layers") from error
     return dense
+
+
+def crop_where_right(model: nn.Module, graph: Graph) -> nn.Module:
+    """Return what `crop` returns, without the layers for which it raises; these are logged."""
+    return as_many(lambda own, names: crop(own, graph, ignored_layers=_but(own, names)), model, _croppable(model, ()))
+
+
+def _but(model: nn.Module, names: Collection[str]) -> list[str]:
+    return [name for name in _croppable(model, ()) if name not in names]
 
 
 def gather(model: nn.Module, graph: Graph, where: Collection[str]) -> nn.Module:
@@ -160,12 +165,10 @@ def gather(model: nn.Module, graph: Graph, where: Collection[str]) -> nn.Module:
     Raises BuildError, naming the layer, if it is no such convolution, has no position to leave out, or computes
     anything else on random inputs (float64: 1e-9).
     """
-    dense = _copied(model)
-    layers = {name: _gatherable(dense, name) for name in where}
-    made = {id(layer): GatheredConv2d(layer) for layer in layers.values()}
-    for name, layer in layers.items():
-        _prove_layer(name, layer, made[id(layer)])
-    dense = _with(dense, made)
+    alive = {name: _alive(_gatherable(model, name).weight) for name in where}
+    dense = gathered(model, alive)
+    for name in where:
+        _prove_layer(name, model.get_submodule(name), dense.get_submodule(name))
     try:
         if where:
             proven(graph, model, dense)
@@ -177,27 +180,16 @@ def gather(model: nn.Module, graph: Graph, where: Collection[str]) -> nn.Module:
 # --- which convolutions -----------------------------------------------------------------------------------------------
 
 
-def _own_forward(layer: nn.Module) -> bool:
-    """Whether a module is a convolution that computes what PyTorch's does, from a weight that is a parameter."""
-    kind: Any = next((k for k in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, k)), None)
-    if kind is None or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-        return False
-    own: Any = type(layer)
-    weight = layer._parameters.get("weight")
-    same = own.forward is kind.forward and own._conv_forward is kind._conv_forward
-    return same and weight is not None and weight.is_floating_point()
-
-
-def _alone(model: nn.Module, ignored: Collection[str]) -> dict[str, Conv]:
-    """Return the convolutions, by all their names, whose weights no other module holds."""
+def _croppable(model: nn.Module, ignored: Collection[str]) -> dict[str, Conv]:
+    """Return the convolutions, by all their names, that have zeros at the borders and weights held by no others."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if unknown := sorted(set(ignored) - set(modules)):
         raise BuildError(f"the model has no layer {unknown[0]}, which ignored_layers names")
     left = {id(modules[name]) for name in ignored}
-    found = {name: layer for name, layer in modules.items() if _own_forward(layer) and id(layer) not in left}
+    found = {name: layer for name, layer in modules.items() if own_forward(layer) and id(layer) not in left}
     mine = {id(layer) for layer in found.values()}
     others = {id(p) for module in modules.values() if id(module) not in mine for p in module._parameters.values()}
-    return {name: layer for name, layer in found.items() if id(layer.weight) not in others}
+    return {name: layer for name, layer in found.items() if id(layer.weight) not in others and not _is_whole(layer)}
 
 
 def _gatherable(model: nn.Module, name: str) -> nn.Conv2d | CroppedConv:
@@ -206,7 +198,7 @@ def _gatherable(model: nn.Module, name: str) -> nn.Conv2d | CroppedConv:
     if layer is None:
         raise BuildError(f"{name} cannot be gathered: the model has no such layer")
     flat = isinstance(layer, CroppedConv) and len(layer.pads) == 2
-    if not flat and not (isinstance(layer, nn.Conv2d) and _own_forward(layer)):
+    if not flat and not (isinstance(layer, nn.Conv2d) and own_forward(layer)):
         raise BuildError(f"{name} cannot be gathered: {type(layer).__name__} is no Conv2d with PyTorch's own forward")
     assert isinstance(layer, nn.Conv2d | CroppedConv)
     if any(p is layer.weight for m in modules.values() if m is not layer for p in m._parameters.values()):
@@ -263,9 +255,9 @@ def _padded(x: Tensor, pads: Pads, padding_mode: str) -> Tensor:
 # --- the copy ---------------------------------------------------------------------------------------------------------
 
 
-def _cropped(model: nn.Module, bounds: Mapping[str, Bounds]) -> nn.Module:
+def cropped(model: nn.Module, bounds: Mapping[str, Bounds]) -> nn.Module:
     """Return a copy of `model` in which the kernels of the convolutions named have these bounds."""
-    dense = _copied(model)
+    dense = copied(model)
     weights: dict[int, nn.Parameter] = {}  # a weight that several modules hold stays one
     made: dict[int, nn.Module] = {}
     for name, own in bounds.items():
@@ -277,16 +269,22 @@ def _cropped(model: nn.Module, bounds: Mapping[str, Bounds]) -> nn.Module:
             made[id(layer)] = _narrowed(layer, weight, own)
             log.info("%s: kernel %s cropped to %s", name, tuple(old.shape[2:]), tuple(weight.shape[2:]))
     before: dict[str, Bounds] = vars(dense)[CROPPED]
-    after = {f"{name}.weight".lstrip("."): _shifted(own, before.get(f"{name}.weight")) for name, own in bounds.items()}
-    dense = _with(dense, made)
-    vars(dense)[CROPPED] = {**before, **after}
+    after = {weight_of(name): _shifted(own, before.get(weight_of(name))) for name, own in bounds.items()}
+    dense = replaced(dense, made)
+    record_(dense, CROPPED, after)
     return dense
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    """Return a copy that holds what is known of the model that it comes from, which copies of graphs lose."""
-    dense = copy.deepcopy(model)
-    vars(dense).update({KEPT: dict(vars(model).get(KEPT, {})), CROPPED: dict(vars(model).get(CROPPED, {}))})
+def gathered(model: nn.Module, alive: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of `model` in which the convolutions named gather what is alive of their kernels."""
+    dense = copied(model)
+    made: dict[int, nn.Module] = {}
+    for name, own in alive.items():
+        layer = dense.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | CroppedConv)
+        made.setdefault(id(layer), GatheredConv2d(layer, own))
+    dense = replaced(dense, made)
+    record_(dense, GATHERED, {weight_of(name): own for name, own in alive.items()})
     return dense
 
 
@@ -313,15 +311,6 @@ def _narrowed(layer: Conv, weight: nn.Parameter, bounds: Bounds) -> nn.Module:
     layer.padding = tuple(before for before, _ in pads)
     layer._reversed_padding_repeated_twice = [size for pair in reversed(pads) for size in pair]
     return layer
-
-
-def _with(model: nn.Module, made: Mapping[int, nn.Module]) -> nn.Module:
-    """Return `model` with new modules in the place of those of these ids."""
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        new = made.get(id(module), module)
-        if new is not module and path:
-            model.set_submodule(path, new)
-    return made.get(id(model), model)
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------

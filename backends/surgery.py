@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.equivalence import Proof
+from backends.shapes import CroppedConv
 from planner.blocks import Block, bare_shortcut
 from planner.graph import Graph, aliases
 from planner.operations import Choice
@@ -140,6 +141,7 @@ def _select(owners: Sequence[tuple[nn.Module, str]], axis: int, keep: Tensor) ->
 _SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.modules.conv._ConvTransposeNd: ("in_channels", "out_channels"),
     nn.modules.conv._ConvNd: ("out_channels", "in_channels"),
+    CroppedConv: ("out_channels", "in_channels"),
     nn.Linear: ("out_features", "in_features"),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
     nn.PReLU: ("num_parameters",),
@@ -165,7 +167,7 @@ def _resize(module: nn.Module, attribute: str, axis: int, before: int, after: in
         setattr(module, names[axis], value)
     if isinstance(module, nn.GroupNorm):
         module.num_groups = max(1, module.num_groups * after // before)
-    elif axis == 0 and isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:  # whole groups go
+    elif axis == 0 and isinstance(module, nn.modules.conv._ConvNd | CroppedConv) and module.groups > 1:  # whole ones go
         module.groups = module.groups * after // before
         other = "out_channels" if isinstance(module, nn.modules.conv._ConvTransposeNd) else "in_channels"
         setattr(module, other, module.groups * module.weight.shape[1])

@@ -1,28 +1,28 @@
 """Weights on disk: safetensors, written atomically, checked against the model that they are loaded into."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from backends.rebuild import KEPT, cut
+from backends.channels import selected
+from backends.rebuild import cut
+from backends.record import CROPPED, GATHERED, KEPT, SELECTED, as_text, read_records
+from backends.shapes import cropped, gathered
 from planner.graph import Graph
 from planner.spec import Plan
 from profiles import atomic
-from profiles.errors import PlanError
+from profiles.errors import BuildError, PlanError
 
 
 def save(model: nn.Module, path: Path | str) -> None:
-    """Write the weights of a rebuilt model as safetensors, atomically, with the channels that it keeps."""
-    kept = {name: channels.tolist() for name, channels in getattr(model, KEPT, {}).items()}
+    """Write the weights of a rebuilt model as safetensors, atomically, with what it keeps of channels and kernels."""
     with atomic.replacing(path) as temporary:
         # Tensors of several names are written under each: the format knows no sharing.
         tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-        save_file(tensors, temporary, {"kept": json.dumps(kept)})
+        save_file(tensors, temporary, as_text(model))
 
 
 def save_pruned(plan: Plan, model: nn.Module, folder: Path | str) -> None:
@@ -44,23 +44,33 @@ def load_rebuilt(plan: Plan, model: nn.Module, path: Path | str) -> nn.Module:
     """Return the rebuilt model whose weights `save` wrote: `model` is the dense class, its weights do not matter."""
     graph = plan.graph(model)
     weights = read(path)
-    dense = cut(model, graph, _kept(plan, graph, weights, path), plan.choice.removed)
+    try:
+        said = read_records(path)
+        model = cropped(model, {_layer(name): own for name, own in said[CROPPED].items()})
+        dense = cut(model, graph, _kept(plan, graph, weights, said[KEPT], path=path), plan.choice.removed)
+        dense = gathered(dense, {_layer(name): own for name, own in said[GATHERED].items()})
+        dense = selected(dense, {_layer(name): own for name, own in said[SELECTED].items()})
+    except (AssertionError, AttributeError, BuildError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise PlanError(f"{path} keeps what the model does not have ({error!r}); save it again") from error
     load_into_(dense, weights, path)
     return dense
 
 
-def _kept(plan: Plan, graph: Graph, weights: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
+def _layer(weight: str) -> str:
+    return weight.removesuffix("weight").removesuffix(".")
+
+
+def _kept(
+    plan: Plan, graph: Graph, weights: Mapping[str, Tensor], said: Mapping[str, list[int]], *, path: Path | str
+) -> dict[str, Tensor]:
     """Return the channels that a file says its model keeps, checked; for one that does not say, the first ones."""
-    with safe_open(path, "pt") as file:
-        said = json.loads((file.metadata() or {}).get("kept", "{}"))
     kept = {}
-    for width in (graph.width[width.name] for width in plan.widths if width.keep):
-        if width.name in said:
-            channels = torch.tensor(said[width.name], dtype=torch.int64)
-            if channels.dim() != 1 or not len(channels) or channels.min() < 0 or channels.max() >= width.size:
-                raise PlanError(f"{path} keeps channels of {width.name} that the model does not have; save it again")
-            kept[width.name] = channels
-            continue
+    for name in said:
+        channels, size = torch.tensor(said[name], dtype=torch.int64), graph.width[name].size
+        if channels.dim() != 1 or not len(channels) or channels.min() < 0 or channels.max() >= size:
+            raise PlanError(f"{path} keeps channels of {name} that the model does not have; save it again")
+        kept[name] = channels
+    for width in (graph.width[width.name] for width in plan.widths if width.keep and width.name not in said):
         piece = next((s for s in width.slices if s.tensor in weights and (s.units >= 0).all()), None)
         if piece is not None and weights[piece.tensor].dim() > piece.axis:  # else the file does not fit, or it left
             repeats = len(piece.units) // width.size

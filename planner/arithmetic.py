@@ -110,6 +110,8 @@ def contract(
         ]
         wide = [track for track, size in held if size > 1]
         present = [track for track in wide if track is not None]
+        if letter not in out:
+            state.reading |= {axis for track in present for axis in track.promise}
         if not present:
             continue
         if len(present) < len(wide):

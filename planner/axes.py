@@ -24,12 +24,17 @@ _TORCH = str(Path(torch.__file__).parent)
 
 @dataclass(frozen=True)
 class Slice:
-    """The elements of one axis of a parameter or buffer, by unit; `penalised`: they must be zero for the unit to be."""
+    """The elements of one axis of a parameter or buffer, by unit.
+
+    `penalised`: they must be zero for the unit to be. `reads`: an operation sums over the axis, so that where they are
+    zero it does not read the unit.
+    """
 
     tensor: str
     axis: int
     units: Ids
     penalised: bool
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Propagation:
     makers: list[tuple[Ids, Node]] = field(default_factory=list)
     leaves: dict[tuple[str, int], Ids] = field(default_factory=dict)  # (leaf, axis) -> its units
     penalised: set[tuple[str, int]] = field(default_factory=set)
+    reading: set[tuple[str, int]] = field(default_factory=set)  # axes of parameters that operations sum over
     counted: list[tuple[Node, Ids]] = field(default_factory=list)  # operations that divide by the length of an axis
     inexact: list[tuple[Ids, str]] = field(default_factory=list)  # units that are cut with an error, and why
 

@@ -199,7 +199,8 @@ def group(structures: Sequence[Structure], model: nn.Module) -> Groups:
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
     shards = shard_groups((member.tensor, parameters[member.tensor]) for member in members)
-    few = not any(m.split for m in members) and sum(m.ids.numel() for m in members) <= _JOINED
+    few = device.type == "cpu" or len({m.tensor for m in members}) == len(members)  # others multiply all at once
+    few = few and not any(m.split for m in members) and sum(m.ids.numel() for m in members) <= _JOINED
     few = few and sum(parameters[m.tensor].numel() for m in members) <= _CHUNK_DEVICE
     few = few and all(parameters[m.tensor].dtype == torch.float32 for m in members)  # others are faster in chunks
     return Groups(tuple(structures), tuple(members), owner, shards, _joined(members) if few else None).to(device)

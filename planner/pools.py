@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from planner.graph import Graph
 from planner.groups import Groups, group
-from planner.spec import Plan
-from planner.structures import NM, Depth, Structure, of_width
+from planner.spec import Plan, Pool, WidthPlan
+from planner.structures import NM, Block, Channel, Depth, FilterShape, Structure, of_width
+from profiles import Profile
+from profiles.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -123,15 +126,102 @@ def pooled(shares: Sequence[Share], model: nn.Module) -> Pools:
 
 def pools(plan: Plan, model: nn.Module, graph: Graph) -> Pools:
     """Return the pools of `plan` as tensors on the model's device."""
-
-    def structure(kind: str, name: str) -> Structure:
-        return Depth(graph.block[name]) if kind == "depth" else of_width(graph.width[name])
-
-    shares = [
-        Share(p.name, tuple(structure(p.structure, name) for name in p.members), p.weights, p.costs, p.budget)
-        for p in plan.pools
-    ]
+    shares = [Share(p.name, structures_of(p, model, graph), p.weights, p.costs, p.budget) for p in plan.pools]
     return pooled(shares, model)
+
+
+def structures_of(pool: Pool, model: nn.Module, graph: Graph) -> tuple[Structure, ...]:
+    """Return the structures that a pool of a plan names; raises PlanError if the model has no such weight or width."""
+    return tuple(_structure(pool.structure, name, model, graph) for name in pool.members)
+
+
+def _structure(kind: str, name: str, model: nn.Module, graph: Graph) -> Structure:
+    try:
+        match kind:
+            case "depth":
+                return Depth(graph.block[name])
+            case "block":
+                width, _, quantum = name.rpartition("/")
+                return Block(graph.width[width], int(quantum))
+            case "channel":
+                return input_channels(model, graph, name)
+            case "filter_shape":
+                return FilterShape(name, tuple(model.get_parameter(name).shape[1:]))
+    except (AttributeError, KeyError, ValueError) as error:
+        raise PlanError(f"the plan names {name!r}, of which the model has no {kind}; make it for this model") from error
+    return of_width(graph.width[name])
+
+
+def input_channels(model: nn.Module, graph: Graph, weight: str) -> Channel:
+    """Return the input channels of the layer that holds `weight`, whichever way around it is stored."""
+    layer = model.get_submodule(weight.rpartition(".")[0])
+    around = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    read = (piece.axis for width in graph.widths for piece in width.slices if piece.tensor == weight and piece.reads)
+    axis = next(read, 0 if around else 1)
+    return Channel(weight, model.get_parameter(weight).shape[axis], axis)
+
+
+Planned = Block | Channel | FilterShape
+
+
+def with_structures(plan: Plan, profile: Profile, budgets: Mapping[Planned, int], *, force: bool = False) -> Plan:
+    """Return the plan with a pool for each structure, whose budget is the number of groups that stay.
+
+    Runs of channels take the place of what the plan does with that width. Where structures of several pools share
+    weights, each pool's proximal step is its own. Raises PlanError if a structure does not pay on the device and it is
+    not forced; where that is unknown or depends, the plan notes it.
+    """
+    notes, added, names = list(plan.notes), list[Pool](), set[str]()
+    for structure, budget in budgets.items():
+        if not 0 < budget <= structure.count:
+            raise PlanError(f"{structure.name} has {structure.count} groups, of which {budget} cannot stay")
+        notes += [note for note in [_pays(structure, profile, force=force)] if note]
+        name, kind = structure.name, KIND[type(structure)]
+        added.append(Pool(name=name, structure=kind, members=(name,), weights=(1.0,), costs=(1.0,), budget=budget))
+        names |= {structure.width.name} if isinstance(structure, Block) else {structure.name}
+    runs = [_narrowed(structure, budget) for structure, budget in budgets.items() if isinstance(structure, Block)]
+    own = [pool for pool in plan.pools if names.isdisjoint(pool.members)]
+    if lost := [pool.name for pool in plan.pools if len(pool.members) > 1 and not names.isdisjoint(pool.members)]:
+        raise PlanError(f"the pool {lost[0]} shares its budget with other widths; plan with a budget for each")
+    widths = [width for width in plan.widths if width.name not in {run.name for run in runs}]
+    changed = {"pools": (*own, *added), "widths": (*widths, *runs), "notes": tuple(dict.fromkeys(notes))}
+    return plan.model_copy(update={**changed, "forced": plan.forced or force})
+
+
+KIND: dict[type[Planned], Literal["block", "channel", "filter_shape"]] = {
+    Block: "block",
+    Channel: "channel",
+    FilterShape: "filter_shape",
+}
+
+
+def _pays(structure: Planned, profile: Profile, *, force: bool) -> str:
+    """Return what is to be noted; raises PlanError if the structure does not pay and is not forced."""
+    kind, known = structure.profile_kind, profile.pays(structure.profile_kind)
+    if known is None:
+        return f"whether cutting {kind} pays on {profile.id} is not known"
+    if known.pays == "no":
+        told = f"cutting {kind} does not pay on {profile.id}"
+        if not force:
+            raise PlanError(f"{told}, so {structure.name} is not planned; force=True plans it anyway")
+        return told
+    return f"cutting {kind} pays on {profile.id} if {'; '.join(known.requires)}" if known.requires else ""
+
+
+def _narrowed(structure: Block, budget: int) -> WidthPlan:
+    width = structure.width
+    if width.frozen:
+        raise PlanError(f"{width.name} cannot be cut: {width.frozen}")
+    keep = min(width.size, budget * structure.quantum)
+    return WidthPlan(
+        name=width.name,
+        dense=width.size,
+        keep=keep,
+        considered=(keep, width.size),
+        structure=width.structure,
+        lossless=width.lossy is None,
+        cost_s=0.0,
+    )
 
 
 def excess(plan: Plan, model: nn.Module, graph: Graph) -> list[tuple[str, float, float]]:

@@ -56,7 +56,7 @@ def plan(
     budget_s = budget(latency, dense_s, measured=table is not None)
     choice, proof = _solve(Program(graph, options, costs), importance, budget_s, dense_s)
     made = _Problem(graph, profile, costs, options, importance).written(choice, proof, budget_s / dense_s)
-    return made.model_copy(update={"lossy": scope.lossy, "notes": notes})
+    return made.model_copy(update={"lossy": scope.lossy, "forced": scope.force, "notes": notes})
 
 
 def paying(graph: Graph, profile: Profile, scope: Scope) -> tuple[Graph, tuple[str, ...]]:

@@ -130,6 +130,7 @@ def _layer(state: Propagation, node: Node, own: Sequence[Node], source: Any, hid
             columns = next((t for t in state.of(tensor) if t.axes == (1,)), None)
             if columns is not None:
                 state.tie(columns.along(1), hidden)
+                state.reading |= columns.promise
                 if not zero:
                     state.settle(columns)
     value, size = source

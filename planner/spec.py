@@ -63,8 +63,8 @@ class Pool(_Part):
     """
 
     name: str
-    structure: Literal["filter", "hidden", "head", "embedding", "depth"]
-    members: tuple[str, ...]  # widths or blocks
+    structure: Literal["filter", "hidden", "head", "embedding", "depth", "block", "channel", "filter_shape"]
+    members: tuple[str, ...]  # widths, blocks, "width/quantum" of runs of channels, or weights
     weights: tuple[Positive, ...]  # a_j, the same for all groups of a member
     costs: tuple[Positive, ...]  # d_j, the same for all groups of a member
     budget: Annotated[float, Field(ge=0)]
@@ -113,6 +113,7 @@ class Plan(_Part):
     pools: tuple[Pool, ...]
     debiased: bool = True
     lossy: bool = False  # widths that a layer normalisation runs over were offered too
+    forced: bool = False  # structures are cut, and gathers made, although the profile does not say that it pays
     importance: str
     predicted: Prediction
     proof: Proof

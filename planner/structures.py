@@ -90,8 +90,8 @@ class Block:
 
     width: Width
     quantum: int
-    profile_kind: ClassVar[str] = "block"
-    rebuilt_as: ClassVar[str] = "zeros in place"
+    profile_kind: ClassVar[str] = "filters"
+    rebuilt_as: ClassVar[str] = "smaller tensors"
 
     @property
     def name(self) -> str:
@@ -111,12 +111,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Channel:
-    """The input channels of one layer: W[:, c] (Wen et al. 2016)."""
+    """The input channels of one layer: W[:, c] (Wen et al. 2016); of grouped convolutions those of every group.
+
+    `axis` is 0 for weights that are stored the other way around, such as those of transposed convolutions.
+    """
 
     tensor: str
     size: int
+    axis: int = 1
     profile_kind: ClassVar[str] = "in_channels"
-    rebuilt_as: ClassVar[str] = "zeros in place"
+    rebuilt_as: ClassVar[str] = "smaller tensors where nothing else reads them, otherwise a selection of those read"
 
     @property
     def name(self) -> str:
@@ -130,7 +134,8 @@ class Channel:
 
     def maps(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
         """Yield (parameter, group ids broadcastable to its shape)."""
-        yield self.tensor, torch.arange(self.size).view([-1 if i == 1 else 1 for i in range(len(shapes[self.tensor]))])
+        form = [-1 if i == self.axis else 1 for i in range(len(shapes[self.tensor]))]
+        yield self.tensor, torch.arange(self.size).view(form)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def find_widths(
         inside = of_unit[units]
         for width in np.unique(inside[inside >= 0]) if tensor in owned else ():
             numbers = np.where(inside == width, labels.number[labels.group[units]], -1)
-            slices[width].append(Slice(tensor, axis, numbers, (tensor, axis) in state.penalised))
+            about = (tensor, axis) in state.penalised, (tensor, axis) in state.reading
+            slices[width].append(Slice(tensor, axis, numbers, *about))
     for units, node in state.makers:
         for width in np.unique(of_unit[units]):
             makers[width].append(node)

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from backends.artifact import specs_of
+from backends.channels import select, unread
 from backends.equivalence import proven, run
 from backends.export import export_onnx
+from backends.layers import weight_of
 from backends.rebuild import cut, zeroed
 from backends.shapes import crop, gather
 from planner.graph import Graph, exported, trace
 from planner.groups import group
+from planner.pools import input_channels
 from planner.structures import NM, FilterShape, Weight
 from planner.widths import Width
 from profiles.errors import BuildError, EspalierError
@@ -28,10 +31,11 @@ TOLERANCE = 1e-4  # of the largest output, in the model's own precision and in O
 EXPLAINED = 1e-3  # of the largest output: norms written by hand differ in their rounding
 QUANTUM = 8  # filters in a block
 WIDTHS = ("filter", "hidden", "head", "embedding", "block")
-STRUCTURES = (*WIDTHS, "depth", "kernel", "fibre", "N:M", "weight")
+STRUCTURES = (*WIDTHS, "channel", "depth", "kernel", "fibre", "N:M", "weight")
 OUTPUT = "it is an output of the model"
 LAYERED = ("conv", "linear", "addmm", "matmul", "aten.mm", "bmm", "einsum")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+READERS = (*CONVOLUTIONS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 Rebuild = Callable[[Sequence[str]], tuple[nn.Module, nn.Module]]
 
@@ -192,6 +196,8 @@ def cases(subject: Subject, structure: str, share: float) -> Iterator[Case]:
             yield _widths(subject, subject.lossy_graph, structure, share, dice)
     elif structure == "depth":
         yield from _depth(subject, share, dice)
+    elif structure == "channel":
+        yield from _channels(subject, share)
     elif structure in ("kernel", "fibre"):
         yield from _kernels(subject, structure, share)
     else:
@@ -236,6 +242,33 @@ def _kept(size: int, share: float, runs: int, dice: Random) -> Tensor:
     count = -(-size // runs)
     gone = set(dice.sample(range(count), min(max(1, round(share * count)), count - 1)))
     return torch.tensor([i for i in range(size) if i // runs not in gone])
+
+
+def _channels(subject: Subject, share: float) -> Iterator[Case]:
+    """Input channels of layers: cut where nothing else reads them, else selected."""
+    model, graph = subject.model, subject.graph
+    layers = [name for name, module in model.named_modules() if isinstance(module, READERS)]
+    held = {name for name, _ in model.named_parameters()}
+    every = {name: input_channels(model, graph, weight_of(name)) for name in layers if weight_of(name) in held}
+    every = {name: structure for name, structure in every.items() if structure.size > 1}
+
+    def make(names: Sequence[str]) -> tuple[nn.Module, nn.Module]:
+        masked = copy.deepcopy(model)
+        for name in names:
+            stays = torch.zeros(every[name].size)
+            stays[_kept(every[name].size, share, 1, Random(f"{name} {share}"))] = 1
+            group([every[name]], masked).scale_(dict(masked.named_parameters()), stays)
+        dense = cut(masked, graph, unread(masked, graph))
+        left = [name for name in names if _reads_less(dense.get_parameter(weight_of(name)), every[name].axis)]
+        return masked, select(dense, graph, left)
+
+    if every:
+        yield Case(tuple(every), len(every), make)
+
+
+def _reads_less(weight: Tensor, axis: int) -> bool:
+    """Whether a weight is zero for some of its input channels."""
+    return not bool((weight != 0).movedim(axis, 0).flatten(1).any(1).all())
 
 
 def _depth(subject: Subject, share: float, dice: Random) -> Iterator[Case]:

@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 import backends
 from backends.carry import carry_over
-from backends.rebuild import KEPT, cut
+from backends.rebuild import cut
+from backends.record import KEPT
 from backends.shapes import crop, gather
 from planner.graph import Graph, trace
 from planner.groups import group

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 import backends
 from backends.equivalence import TOLERANCE_FLOAT64, run
-from backends.rebuild import KEPT, cut
-from backends.shapes import CROPPED, CroppedConv, GatheredConv2d, crop, gather
+from backends.rebuild import cut
+from backends.record import CROPPED, KEPT
+from backends.shapes import CroppedConv, GatheredConv2d, crop, gather
 from planner.graph import Graph, trace
 from planner.groups import group
 from planner.structures import FilterShape
