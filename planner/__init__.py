@@ -5,18 +5,22 @@ from planner.graph import Graph, trace
 from planner.groups import Groups, group
 from planner.importance import Importance, magnitude, measured
 from planner.latency import LatencyTable
+from planner.pools import with_structures
 from planner.prox import Proximal, attach, harden_
 from planner.scope import Scope
 from planner.search import plan, with_global_budget
 from planner.spec import Plan
-from planner.structures import Depth, Embedding, Filter, Head, Hidden, Structure
+from planner.structures import Block, Channel, Depth, Embedding, Filter, FilterShape, Head, Hidden, Structure
 from planner.tournament import loss_after
 from planner.train import Moment, Recipe, accuracy, fit, history, recalibrate_
 
 __all__ = [
+    "Block",
+    "Channel",
     "Depth",
     "Embedding",
     "Filter",
+    "FilterShape",
     "Graph",
     "Groups",
     "Head",
@@ -43,4 +47,5 @@ __all__ = [
     "recalibrate_",
     "trace",
     "with_global_budget",
+    "with_structures",
 ]

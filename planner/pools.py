@@ -164,22 +164,24 @@ def input_channels(model: nn.Module, graph: Graph, weight: str) -> Channel:
 Planned = Block | Channel | FilterShape
 
 
-def with_structures(plan: Plan, profile: Profile, budgets: Mapping[Planned, int], *, force: bool = False) -> Plan:
-    """Return the plan with a pool for each structure, whose budget is the number of groups that stay.
+def with_structures(
+    plan: Plan, profile: Profile, budgets: Sequence[tuple[Planned, int]], *, force: bool = False
+) -> Plan:
+    """Return the plan with a pool for each (structure, number of its groups that stay).
 
     Runs of channels take the place of what the plan does with that width. Where structures of several pools share
     weights, each pool's proximal step is its own. Raises PlanError if a structure does not pay on the device and it is
     not forced; where that is unknown or depends, the plan notes it.
     """
     notes, added, names = list(plan.notes), list[Pool](), set[str]()
-    for structure, budget in budgets.items():
+    for structure, budget in budgets:
         if not 0 < budget <= structure.count:
             raise PlanError(f"{structure.name} has {structure.count} groups, of which {budget} cannot stay")
         notes += [note for note in [_pays(structure, profile, force=force)] if note]
         name, kind = structure.name, KIND[type(structure)]
         added.append(Pool(name=name, structure=kind, members=(name,), weights=(1.0,), costs=(1.0,), budget=budget))
         names |= {structure.width.name} if isinstance(structure, Block) else {structure.name}
-    runs = [_narrowed(structure, budget) for structure, budget in budgets.items() if isinstance(structure, Block)]
+    runs = [_narrowed(structure, budget) for structure, budget in budgets if isinstance(structure, Block)]
     own = [pool for pool in plan.pools if names.isdisjoint(pool.members)]
     if lost := [pool.name for pool in plan.pools if len(pool.members) > 1 and not names.isdisjoint(pool.members)]:
         raise PlanError(f"the pool {lost[0]} shares its budget with other widths; plan with a budget for each")
