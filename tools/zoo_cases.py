@@ -259,8 +259,9 @@ def _channels(subject: Subject, share: float) -> Iterator[Case]:
             stays[_kept(every[name].size, share, 1, Random(f"{name} {share}"))] = 1
             group([every[name]], masked).scale_(dict(masked.named_parameters()), stays)
         dense = cut(masked, graph, unread(masked, graph))
-        left = [name for name in names if _reads_less(dense.get_parameter(weight_of(name)), every[name].axis)]
-        return masked, select(dense, graph, left)
+        weights = dict(dense.named_parameters(remove_duplicate=False))  # some may be of no use any more
+        own = [name for name in names if weight_of(name) in weights]
+        return masked, select(dense, graph, [n for n in own if _reads_less(weights[weight_of(n)], every[n].axis)])
 
     if every:
         yield Case(tuple(every), len(every), make)
