@@ -1,6 +1,7 @@
 """Input channels that weights are zero for are cut where nothing reads them, and not selected where others do."""
 
 import copy
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
@@ -316,6 +318,39 @@ def test_the_optimizer_goes_on() -> None:
         whole, part = model.get_parameter(name), dense.get_parameter(name)
         momentum = optimizer.state[whole]["momentum_buffer"][:, whole.ne(0).any(0).flatten(1).any(1)]
         assert torch.equal(carried.state[part]["momentum_buffer"], momentum)
+
+
+def test_a_graph_with_selected_inputs_comes_back_and_trains_on(tmp_path: Path) -> None:
+    model = looking_trained(HardView()).eval()
+    plan = planner.plan(model, (torch.ones(PIXELS),), anywhere(), latency=0.6)
+    assert plan.choice.keep["conv"] < 8
+    profile = knowing(in_channels="yes")
+    plan = with_structures(plan, profile, [(Channel("conv.weight", 3), 2)])
+    planner.harden_(plan, model)
+    dense = rebuild(plan, model, profile=profile)
+    assert isinstance(dense, GraphModule)
+    assert dense.get_parameter("conv.weight").shape == (plan.choice.keep["conv"], 2, 3, 3)
+    backends.save_pruned(plan, dense, tmp_path)
+    loaded = backends.load_pruned(HardView, tmp_path).eval()
+    x = torch.randn(PIXELS)
+    assert torch.equal(loaded(x), dense(x))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    carried = backends.carry_over(optimizer, model, dense, graph=plan.graph(model))
+    assert sum(len(group["params"]) for group in carried.param_groups) == 4
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [("kept", {"layer1.9": [0]}), ("selected", {INNER: {"shape": [1, 99, 1, 1], "bits": "1"}})]
+)
+def test_a_file_that_keeps_what_the_model_does_not_have_is_refused(
+    part: str, said: dict[str, Any], tmp_path: Path
+) -> None:
+    plan, model = planned(knowing(in_channels="yes", filters="yes"))
+    backends.save_pruned(plan, rebuild(plan, model, profile=knowing(in_channels="yes")), tmp_path)
+    path = tmp_path / "weights.safetensors"
+    save_file(load_file(path), path, {part: json.dumps(said)})
+    with pytest.raises(PlanError, match=r"weights\.safetensors keeps what the model does not have"):
+        backends.load_pruned(fresh, tmp_path)
 
 
 def test_runs_train_to_their_budget_and_are_cut_whole() -> None:
