@@ -236,7 +236,7 @@ class Editor:
         groups = arg(node, 6, "groups", 1)
         axis = len(shape(node.args[0])) - len(shape(node.args[1])) + 1
         mask = self.stays(node.args[0]).get(axis)
-        if groups > 1 and mask is not None:
+        if mask is not None and groups > 1:
             self._set(node, 6, "groups", int(mask.sum()) * groups // len(mask))
 
     _on_conv1d = _on_conv3d = _on_conv_transpose1d = _on_conv_transpose2d = _on_conv_transpose3d = _on_conv2d

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from backends.channels import select, unread
 from backends.equivalence import Proof, proven
@@ -138,11 +139,19 @@ def _unpaid(plan: Plan, profile: Profile | None, kind: str) -> str:
     return f"{kind} does not pay on {profile.id}" if known.pays == "no" else ""
 
 
-def cut(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str] = frozenset()) -> nn.Module:
+def cut(
+    model: nn.Module,
+    graph: Graph,
+    kept: Kept,
+    removed: frozenset[str] = frozenset(),
+    *,
+    program: Callable[[], ExportedProgram] | None = None,
+) -> nn.Module:
     """Return a copy of `model` with only the channels `kept` of the named widths and without the blocks `removed`.
 
     It is of the user's own class where its forward computes, on random inputs, what `model` does with the other
     channels at zero; where sizes are written into the forward, the exported graph with these put right.
+    Who cuts a model many times gives `program`, which returns what `backends.regraph.resizable` made of it.
     """
     kept = {name: channels for name, channels in kept.items() if len(channels) < graph.width[name].size}
     reasons = {name: graph.block[name].frozen for name in removed} | {name: graph.width[name].frozen for name in kept}
@@ -151,15 +160,23 @@ def cut(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str] = fr
             raise PlanError(f"{name} cannot be cut: {reason}")
     if not kept and not removed:
         return copied(model)
-    dense = _smaller(model, graph, kept, removed)
+    dense = _smaller(model, graph, kept, removed, program)
     vars(dense).update({**records(model), KEPT: dict(kept)})
     return dense
 
 
-def _smaller(model: nn.Module, graph: Graph, kept: Kept, removed: frozenset[str]) -> nn.Module:
+def _smaller(
+    model: nn.Module,
+    graph: Graph,
+    kept: Kept,
+    removed: frozenset[str],
+    program: Callable[[], ExportedProgram] | None,
+) -> nn.Module:
     masks = masks_of(graph, kept)
     inputs = tuple(x.to(next(model.parameters()).device) for x in graph.example())
-    as_graph = partial(regraph, model, inputs, {key: mask.numpy() for key, mask in masks.items()}, removed)
+    blocks = [graph.block[name] for name in removed]
+    arrays = {key: mask.numpy() for key, mask in masks.items()}
+    as_graph = partial(regraph, model, inputs, arrays, blocks, program=program)
     lossy = any(graph.width[name].lossy for name in kept)
     # A lossy cut differs from the masked model, so that only the graph tells a wrong size in the user's own class.
     proof = Proof(graph, as_graph() if lossy else zeroed(model, graph, kept, removed))

@@ -8,7 +8,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ from torch.fx import GraphModule, Node
 
 from backends.editor import Editor, Mask
 from planner.axes import Propagation, kind
-from planner.blocks import find_blocks
+from planner.blocks import Block, find_blocks
 from planner.graph import aliases, exported, live
+from planner.regions import inline, under_autocast
 from planner.rules import propagate
 from planner.widths import components
-from profiles.errors import PlanError
+from profiles.errors import BuildError, PlanError
 
 log = logging.getLogger(__name__)
 _ZERO_OR_ONE = re.compile(r"(!= [01]|> [01]|>= [12])$|^[01] < ")
@@ -42,12 +43,22 @@ class Rewritten(GraphModule):
         return copied
 
 
-def regraph(model: nn.Module, inputs: tuple[Tensor, ...], masks: Masks, removed: frozenset[str]) -> Rewritten:
+def regraph(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    masks: Masks,
+    removed: Collection[Block],
+    *,
+    program: Callable[[], ExportedProgram] | None = None,
+) -> Rewritten:
     """Return `model` with only the elements `masks` of its parameters and buffers and without the blocks `removed`.
 
     Raises BuildError, naming the operation and its place, where the elements that stay do not form a tensor.
     """
-    module = _program(model, inputs).module()
+    module = (resizable(model, inputs) if program is None else program()).module()
+    inline(module)
+    if under_autocast(module.graph.nodes):
+        raise BuildError("a part of the forward runs under torch.autocast, which an exported graph cannot keep")
     first = {name: same for same, names in aliases(model).items() for name in names}
     names = {n.name: first.get(str(n.target), str(n.target)) for n in module.graph.nodes if n.op == "get_attr"}
     learned = dict(model.named_parameters(remove_duplicate=False))  # a graph may go by another of its names
@@ -64,13 +75,14 @@ def regraph(model: nn.Module, inputs: tuple[Tensor, ...], masks: Masks, removed:
         if kind(node) == "lift_fresh_copy":  # ONNX has no such operation
             node.target = torch.ops.aten.clone.default
     _follow_training(module.graph)
+    _follow_weights(module)
     smaller = copy.deepcopy(Rewritten(module, module.graph))  # what is not cut is still the original's
     for name, own in smaller.named_parameters():
         own.requires_grad_(learned[first[name]].requires_grad)
     return smaller.train(model.training)
 
 
-def _program(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+def resizable(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     """Return the program of `model`, which checks the sizes of its inputs where it is right for some alone."""
     several = tuple(torch.cat([x, x]) if x.dim() and len(x) == 1 else x for x in inputs)  # a 1 is taken for a constant
     try:
@@ -93,14 +105,15 @@ def _kept(state: Propagation, masks: Masks) -> Mask:
 
 
 def _without_blocks(
-    module: GraphModule, nodes: Sequence[Node], names: dict[str, str], model: nn.Module, removed: frozenset[str]
+    module: GraphModule, nodes: Sequence[Node], names: dict[str, str], model: nn.Module, removed: Collection[Block]
 ) -> None:
     """Put the shortcut in the place of the sum that ends each removed block."""
     if not removed:
         return
     inputs = [node.name for node in nodes if node.op == "placeholder"]
+    leave = {block.last for block in removed}  # a graph of other sizes may hold more blocks, and name them otherwise
     for block in find_blocks(nodes, names, model, inputs=inputs):
-        if block.name in removed:
+        if block.last in leave:
             add = next(node for node in nodes if node.name == block.add)
             (shortcut,) = [source for source in add.all_input_nodes if source.name not in block.body]
             add.replace_all_uses_with(shortcut)
@@ -118,3 +131,24 @@ def _follow_training(graph: torch.fx.Graph) -> None:
         with graph.inserting_before(node):
             mode = graph.create_node("get_attr", "training")
         node.update_arg(at, mode)
+
+
+_BLANK = {
+    "zeros": torch.ops.aten.new_zeros.default,
+    "ones": torch.ops.aten.new_ones.default,
+    "full": torch.ops.aten.new_full.default,
+}
+
+
+def _follow_weights(module: GraphModule) -> None:
+    """Make blank tensors of the weights' precision and device, such as a first state, follow `.to()` as weights do."""
+    weights = dict(module.named_parameters())
+    learned = [node for node in module.graph.nodes if node.op == "get_attr" and str(node.target) in weights]
+    for node in list(module.graph.nodes) if learned else ():
+        made = _BLANK.get(kind(node)) if node.op == "call_function" else None
+        if made is not None and node.meta["val"].dtype == weights[str(learned[0].target)].dtype:
+            with module.graph.inserting_before(node):
+                weight = module.graph.get_attr(str(learned[0].target))
+                blank = module.graph.call_function(made, (weight, *node.args))
+            node.replace_all_uses_with(blank)
+            module.graph.erase_node(node)

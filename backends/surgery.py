@@ -150,13 +150,14 @@ _SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LayerNorm: ("normalized_shape",),
     nn.RMSNorm: ("normalized_shape",),
     nn.RNNBase: ("hidden_size", "input_size"),
+    nn.RNNCellBase: ("hidden_size", "input_size"),
 }
 
 
 def _resize(module: nn.Module, attribute: str, axis: int, before: int, after: int) -> None:
     names = next((sizes for kind, sizes in _SIZES.items() if isinstance(module, kind)), ())
-    if isinstance(module, nn.RNNBase):
-        if axis == 1 and attribute.endswith("_l0"):
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        if axis == 1 and (attribute.endswith("_l0") or isinstance(module, nn.RNNCellBase)):
             setattr(module, names[0] if attribute.startswith("weight_hh") else names[1], after)
         return
     counts = attribute == "running_mean" and isinstance(module, nn.modules.batchnorm._NormBase)

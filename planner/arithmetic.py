@@ -221,7 +221,7 @@ def reduce(state: Propagation, node: Node) -> Value:
     dims = arg(node, index, "dim")
     wanted = [dims] if isinstance(dims, int) else dims or range(len(size))  # none named: all
     gone = {dim % len(size) for dim in wanted}
-    keeps = bool(arg(node, index + 1, "keepdim", False))
+    keeps = len(shape(node)) == len(size)
     out = []
     for whole in value:
         track = state.single(whole, [axis for axis in range(len(size)) if axis not in gone])
@@ -232,6 +232,21 @@ def reduce(state: Propagation, node: Node) -> Value:
             if name == "mean":
                 state.counted.append((node, track.along(axis)))
         else:
+            state.freeze(track, f"reduced over by {place(node)}")
+    return tuple(out)
+
+
+def cosine_similarity(state: Propagation, node: Node) -> Value:
+    """cosine_similarity(a, b, dim): exact over a cut axis where the elements of both are zero."""
+    parts = [part(state, a) for a in node.args[:2]]
+    dims = max(len(size) for _, size in parts)
+    axis = arg(node, 2, "dim", 1) % dims
+    out = []
+    for whole in combine(state, node, parts, product=False):
+        track = state.single(whole, [other for other in range(dims) if other != axis])
+        if axis not in track.axes:
+            out.append(Track(track.units.squeeze(axis), np.zeros_like(track.zero.squeeze(axis))))
+        elif not state.settle(track).zero.all():
             state.freeze(track, f"reduced over by {place(node)}")
     return tuple(out)
 

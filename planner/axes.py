@@ -170,7 +170,9 @@ def shape(argument: object) -> tuple[int, ...]:
 
 
 def number(size: Any) -> int:
-    """Return a size as a number: of a dynamic one that of the example."""
+    """Return a size as a number: of a dynamic one, or a node that makes one, that of the example."""
+    if isinstance(size, Node):
+        size = size.meta["val"]
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 

@@ -1,20 +1,36 @@
 """Residual blocks of an exported graph: additions of a shortcut and a body that nothing else uses."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.fx
 from torch import nn
 from torch.fx import Node
 
+from planner import arithmetic, indexing, layers, layout
 from planner.axes import arg, kind, place, shape
 from planner.evaluation import evaluating
-from planner.rules import ZERO_KEEPING
+from planner.rules import rule_of
 from profiles.errors import PlanError
 
-_PARAMETRISED = {"conv1d", "conv2d", "conv3d", "linear", "addmm", "batch_norm", "layer_norm"}
-_MOVES = {"view", "reshape", "_unsafe_view", "flatten", "permute", "transpose", "squeeze", "unsqueeze"}
+# Where the weight of a layer stands among its arguments, and behind it its bias.
+_WEIGHT = {
+    **dict.fromkeys([f"conv{n}d" for n in (1, 2, 3)] + [f"conv_transpose{n}d" for n in (1, 2, 3)], 1),
+    **dict.fromkeys(("linear", "batch_norm", "instance_norm"), 1),
+    **dict.fromkeys(("layer_norm", "group_norm", "rms_norm"), 2),
+    "addmm": 2,
+}
+# The rules of what makes zeros of zeros: functions of each element, moves, pools.
+_KEEPING = {
+    *(layout.same, layout.reshape, layout.transpose, layout.permute, layout.movedim, layout.expand, layout.repeat),
+    *(layout.repeat_interleave, layout.split, layout.slices, layout.select, layout.unbind, layout.roll, layout.flip),
+    *(layout.pixel_shuffle, layout.pixel_unshuffle, layout.item, indexing.index, arithmetic.reduce),
+    *(layers.pool, layers.glu, layers.prelu, layers.divide),
+}
+_SUMS = ("cat", "stack", "add", "sub", "maximum", "minimum")
+_PRODUCTS = ("mul", "matmul", "bmm", "mm")
 
 
 @dataclass(frozen=True)
@@ -53,8 +69,8 @@ def find_blocks(
         left, right = node.all_input_nodes
         sides = [(_body(left, right, node), left, right), (_body(right, left, node), right, left)]
         body, end, shortcut = max(sides, key=lambda side: _layers(side[0]))
-        last = _zeroing(end, names)
-        if _layers(body) and last and trained.issuperset(last) and given & _ancestors(shortcut):
+        last = _zeroing(end, body, names, trained)
+        if _layers(body) and last and given & _ancestors(shortcut):
             block, taken = _block(node, body, last, names), {"", *(block.name for block in found)}
             while block.name in taken:
                 block = replace(block, name=f"{block.module}.{numbered[node]}".lstrip("."))
@@ -100,7 +116,8 @@ def _numbered(nodes: Sequence[Node]) -> dict[Node, str]:
 
 
 def _block(add: Node, body: set[Node], last: tuple[str, ...], names: dict[str, str]) -> Block:
-    module = _common_module([add, *body])
+    reads = [node for node in body if any(source.name in names for source in node.all_input_nodes)]
+    module = _common_module([add, *reads])  # what is made elsewhere for the body alone, such as a mask, is no matter
     tensors = {names[source.name] for node in body for source in node.all_input_nodes if source.name in names}
     modules = frozenset(tensor.rpartition(".")[0] for tensor in tensors)
     stage = "x".join(map(str, shape(add)[1:]))
@@ -115,7 +132,8 @@ def _body(end: Node, other: Node, add: Node) -> set[Node]:
     behind = _ancestors(end) - _ancestors(other)
     body: set[Node] = set()
     for node in sorted(behind, reverse=True):  # fx orders nodes by their place in the graph
-        if node.op == "call_function" and all(user in body or user is add for user in node.users):
+        users = [user for user in node.users if kind(user) != "_assert_tensor_metadata"]
+        if node.op == "call_function" and all(user in body or user is add for user in users):
             body.add(node)
     return body
 
@@ -131,32 +149,61 @@ def _ancestors(node: Node) -> set[Node]:
 
 def _layers(body: set[Node]) -> int:
     """Return how many layers with parameters a side has: the side with more is the body."""
-    return sum(kind(node) in _PARAMETRISED for node in body)
+    return sum(kind(node) in _WEIGHT for node in body)
 
 
-def _zeroing(end: Node, names: dict[str, str]) -> tuple[str, ...] | None:
-    """Return the parameters whose zeros make `end` zero: the scale and shift, or weight and bias, of its last layer."""
-    node = end
-    while kind(node) in _MOVES or (kind(node) in ZERO_KEEPING and len(node.all_input_nodes) == 1):
-        node = node.all_input_nodes[0]
-    if kind(node) in ("cat", "add", "add_"):
-        parts = [_zeroing(source, names) for source in node.all_input_nodes]
-        return tuple(name for part in parts for name in part or ()) if all(parts) else None
-    scales = [names[source.name] for source in node.all_input_nodes if source.name in names]
-    if kind(node) in ("mul", "mul_") and scales:  # of the body as a whole, or of each channel
-        return tuple(scales[:1])
-    if kind(node) not in _PARAMETRISED:
-        return None
-    first = {
-        "addmm": (node.args[0], arg(node, 2, "mat2")),
-        "layer_norm": (arg(node, 2, "weight"), arg(node, 3, "bias")),
-    }
-    given = first.get(kind(node), (node.args[1], arg(node, 2, "bias")))
-    tensors = [argument for argument in given if isinstance(argument, Node)]
-    if kind(node).endswith("_norm") and len(tensors) < 2:
-        return None
-    found = tuple(names[tensor.name] for tensor in tensors if tensor.name in names)
-    return found if len(found) == len(tensors) else None
+def _zeroing(end: Node, body: set[Node], names: dict[str, str], trained: Container[str]) -> tuple[str, ...]:
+    """Return the parameters, the last ones of the body, whose zeros make `end` zero; none if no such are known."""
+    found: dict[Node, tuple[str, ...]] = {}
+    for node in sorted(body):
+        ways = (_known(way, found, names, trained) for way in _ways(node, names))
+        found[node] = next((own for own in ways if own), ())
+    return found.get(end, ())
+
+
+def _known(
+    way: Sequence[object], found: Mapping[Node, tuple[str, ...]], names: dict[str, str], trained: Container[str]
+) -> tuple[str, ...]:
+    """Return the parameters that make all of some tensors zero, or none."""
+    parts = []
+    for source in way:
+        own = names.get(source.name) if isinstance(source, Node) else None
+        known = found.get(source, ()) if isinstance(source, Node) else ()
+        parts.append((own,) if own is not None and own in trained else known)
+    return tuple(dict.fromkeys(name for part in parts for name in part)) if parts and all(parts) else ()
+
+
+def _ways(node: Node, names: dict[str, str]) -> list[list[Any]]:
+    """Return sets of what a node reads, each of which makes it zero if all in it are zero; what is last comes first."""
+    name = kind(node).rstrip("_")
+    given: Any = node.args
+    if name in _WEIGHT:
+        at = _WEIGHT[name]
+        bias = given[0] if name == "addmm" else arg(node, at + 1, "bias")
+        own = [x for x in (arg(node, at, "weight"), bias) if x is not None]
+        ways = [own] if arg(node, at, "weight") is not None else []
+        return ways if name == "batch_norm" or bias is not None else [*ways, [given[0]]]
+    if name in _SUMS:
+        return [list(given[0] if isinstance(given[0], list | tuple) else given[:2])]
+    if name in _PRODUCTS:  # scales first: they are of the body as a whole, or of each channel
+        return [[factor] for factor in sorted(given[:2], key=lambda factor: not _is_scale(factor, names))]
+    if name == "scaled_dot_product_attention":
+        return [[given[2]]]
+    if name == "einsum":
+        return [[factor] for factor in sorted(given[1], key=lambda factor: not _is_scale(factor, names))]
+    if name == "_weight_norm":
+        return [[given[1]]]
+    return [[given[0]]] if _keeps_zero(node) else []
+
+
+def _keeps_zero(node: Node) -> bool:
+    return node.op == "call_function" and rule_of(node) in _KEEPING
+
+
+def _is_scale(factor: object, names: dict[str, str]) -> bool:
+    while isinstance(factor, Node) and _keeps_zero(factor):
+        factor = factor.args[0]
+    return isinstance(factor, Node) and factor.name in names
 
 
 def _common_module(nodes: Sequence[Node]) -> str:

@@ -23,6 +23,7 @@ from planner.blocks import Block, find_blocks, module_path
 from planner.evaluation import evaluating
 from planner.operations import Choice, Extent, Operation, find_operations
 from planner.parallel import unwrapped
+from planner.regions import inline, under_autocast
 from planner.rules import propagate
 from planner.widths import Width, extent, find_widths, labels_of
 from profiles.errors import PlanError
@@ -77,17 +78,21 @@ class Graph:
         return sum(operation.macs(choice) for operation in self.operations)
 
 
-def trace(model: nn.Module, inputs: tuple[Tensor, ...], *, lossy: bool = False) -> Graph:
+def trace(
+    model: nn.Module, inputs: tuple[Tensor, ...], *, lossy: bool = False, program: ExportedProgram | None = None
+) -> Graph:
     """Return the graph of `model` on `inputs`; the model is left as it was.
 
-    With `lossy`, widths that a layer normalisation runs over can be cut too, though not exactly.
+    With `lossy`, widths that a layer normalisation runs over can be cut too, though not exactly. `program` is what
+    `exported` made of the two, if it is at hand.
 
     Raises PlanError with the operation and the file:line if the model does not run on the inputs or cannot be exported.
     """
     if unwrapped(model) is not model:
         raise PlanError(f"the model is wrapped by {type(model).__name__}; give the model within it")
-    program = exported(model, inputs)
+    program = exported(model, inputs) if program is None else program
     names = _names(program, model)
+    inline(program.graph_module)
     nodes = live(program.graph)
     state = propagate(nodes, names, frozenset(name for name, _ in model.named_parameters()), lossy=lossy)
     blocks = find_blocks(nodes, names, model, inputs=program.graph_signature.user_inputs)
@@ -97,7 +102,9 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], *, lossy: bool = False) 
     log.debug("traced %d operations, %d widths, %d blocks", len(operations), len(widths), len(blocks))
     specs = tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs)
     counted = tuple((module_path(node), extent(widths, labels, units, len(units))) for node, units in state.counted)
-    casts = any(kind(node) in ("to", "_to_copy", "float", "half", "bfloat16") for node in nodes)
+    casts = under_autocast(nodes) or any(
+        kind(node) in ("to", "_to_copy", "float", "half", "bfloat16") for node in nodes
+    )
     return Graph(widths, blocks, operations, _fingerprint(nodes, names, specs), specs, counted, casts)
 
 

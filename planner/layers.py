@@ -7,7 +7,7 @@ import numpy as np
 from torch.fx import Node
 
 from planner.arithmetic import Operand, any_zero, biased, combine, contract, part, unknown
-from planner.axes import Propagation, Track, Value, arg, kind, place, shape
+from planner.axes import Propagation, Track, Value, arg, kind, number, place, shape
 from planner.layout import picked
 
 
@@ -24,7 +24,7 @@ def convolution(state: Propagation, node: Node) -> Value:
     """Convolutions of one to three dimensions, transposed or not; grouped ones are cut by whole groups."""
     source, weight = node.args[:2]
     transposed = kind(node).startswith("conv_transpose")
-    groups = arg(node, 6, "groups", 1)
+    groups = number(arg(node, 6, "groups", 1))
     size, form = shape(source), shape(weight)
     if groups > 1:
         return _grouped(state, node, groups, transposed)
@@ -250,6 +250,21 @@ def masked_fill(state: Propagation, node: Node) -> Value:
 def blunted(value: Value) -> Value:
     """Return the tracks of a function of each element that does not keep zero."""
     return tuple(Track(track.units, np.zeros_like(track.zero)) for track in value)
+
+
+def blank(state: Propagation, node: Node) -> Value:
+    """zeros_like: of the size of another tensor."""
+    return tuple(Track(track.units, np.ones_like(track.zero)) for track in state.of(node.args[0]))
+
+
+def weight_norm(state: Propagation, node: Node) -> Value:
+    """`g * v / |v|` with norms over all axes but one: zero where g is; along the others v itself has to be zero."""
+    direction, scale = node.args[:2]
+    axis = arg(node, 2, "dim", 0) % len(shape(direction))
+    others = tuple(state.settle(track) for track in state.of(direction) if axis not in track.axes)
+    own = tuple(Track(t.units, np.zeros_like(t.zero)) for t in state.of(direction) if axis in t.axes)
+    parts = [(own, shape(direction)), part(state, scale)]
+    return (*others, *combine(state, node, parts, product=True))
 
 
 def nonzero(state: Propagation, node: Node) -> Value:

@@ -307,31 +307,6 @@ def _padded(state: Propagation, track: Track, axis: int, width: tuple[int, ...],
     return Track(around(track.units, state.fresh), around(track.zero, lambda n: np.full(n, blank)))
 
 
-def index(state: Propagation, node: Node) -> Value:
-    """x[:, indices, :] with index tensors side by side: the indexed axes cannot be cut."""
-    if kind(node) == "index_select":
-        return _indexed(state, node, [arg(node, 1, "dim") % len(shape(node))], 1)
-    given: Any = node.args[1]
-    places = [i for i, one in enumerate(given) if one is not None]
-    if not places or places != list(range(places[0], places[-1] + 1)):
-        return unknown(state, node)
-    grown = len(shape(node)) - (len(shape(node.args[0])) - len(places))
-    return _indexed(state, node, places, grown)
-
-
-def _indexed(state: Propagation, node: Node, places: Sequence[int], grown: int) -> Value:
-    out = []
-    for whole in state.of(node.args[0]):
-        track = state.single(whole, [axis for axis in whole.axes if axis not in places])
-        if track.axes[0] in places:
-            state.freeze(track, f"indexed by {place(node)}")
-            continue
-        form = list(track.units.shape)
-        form[places[0] : places[-1] + 1] = [1] * grown
-        out.append(track.moved(lambda a: a.reshape(form)))  # noqa: B023
-    return tuple(out)
-
-
 def pixel_shuffle(state: Propagation, node: Node) -> Value:
     """pixel_shuffle: the r² channels of one pixel are one group."""
     r, size = arg(node, 1, "upscale_factor"), shape(node.args[0])

@@ -138,7 +138,7 @@ class _Seen:
         source, weight = node.args[:2]
         size, made, kernel = shape(source), shape(node), shape(weight)[2:]
         axis = len(size) - len(kernel) - 1
-        groups = 1 if name == "linear" else arg(node, 6, "groups", 1)
+        groups = 1 if name == "linear" else number(arg(node, 6, "groups", 1))
         per_group = size[axis] // groups
         positions = math.prod(size) // size[axis] if "transpose" in name else math.prod(made) // made[axis]
         pair = math.prod(kernel) * (per_group if groups > 1 else 1)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from planner import arithmetic, layers, layout, sequences
+from planner import arithmetic, indexing, layers, layout, sequences
 from planner.axes import Propagation, Value, arg, kind, place, shape
 
 Rule = Callable[[Propagation, Node], Value | list[Value]]
@@ -63,9 +63,16 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("pad", "constant_pad_nd"), layout.pad),
     **dict.fromkeys(("hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_max"), layers.clamp),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh"), sequences.recurrent),
-    **dict.fromkeys(("index", "index_select"), layout.index),
+    **dict.fromkeys(("index", "index_select"), indexing.index),
     **dict.fromkeys(_COMPARED, layers.compared),
     "linear": layers.linear,
+    "zeros_like": layers.blank,
+    "_weight_norm": layers.weight_norm,
+    "gather": indexing.gather,
+    "cosine_similarity": arithmetic.cosine_similarity,
+    **dict.fromkeys(("index_add", "index_add_"), indexing.index_add),
+    **dict.fromkeys(("scatter_add", "scatter_add_"), indexing.scatter_add),
+    **dict.fromkeys(("gru_cell", "lstm_cell", "rnn_tanh_cell"), sequences.cell),
     "baddbmm": arithmetic.baddbmm,
     "addmm": arithmetic.addmm,
     "outer": arithmetic.outer,
@@ -104,7 +111,7 @@ def propagate(
         if state.is_constant(node):
             state.constants.add(node)
         elif node.op == "call_function":
-            state.values[node] = _rule(node)(state, node)
+            state.values[node] = rule_of(node)(state, node)
             if kind(node).endswith("_") and not kind(node).endswith("__"):
                 _overwrite(state, node)
         elif node.op == "output":
@@ -114,7 +121,8 @@ def propagate(
     return state
 
 
-def _rule(node: Node) -> Rule:
+def rule_of(node: Node) -> Rule:
+    """Return what a node does to units."""
     if node.target is operator.getitem:
         return layout.item
     name = kind(node)

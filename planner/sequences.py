@@ -86,6 +86,20 @@ def recurrent(state: Propagation, node: Node) -> list[Value]:
     return [whole, *[(_hidden(hidden, dims, zero),)] * (2 if kind(node) == "lstm" else 1)]
 
 
+def cell(state: Propagation, node: Node) -> Any:
+    """One step of nn.LSTMCell, GRUCell and tanh RNNCell: as a layer of one step, whose state is given."""
+    source, initial, *own = node.args
+    starts: Any = initial if isinstance(initial, list | tuple) else [initial]
+    hidden = state.of(own[1])[-1].along(1)
+    dims = len(shape(source))
+    zero = _initial_zero(state, node, starts, hidden)
+    parameters: Any = [parameter for parameter in own if isinstance(parameter, Node)]
+    _layer(state, node, parameters, (_features(state, node, source), shape(source)), hidden, zero)
+    state.make(hidden, node)
+    out = (_hidden(hidden, dims, zero),)
+    return [out, out] if kind(node) == "lstm_cell" else out
+
+
 def _features(state: Propagation, node: Node, source: Any) -> Value:
     """Return the track of the features; the steps, over which a state is carried, and the batch cannot be cut."""
     out, dims = [], len(shape(source))

@@ -1,24 +1,31 @@
 """Cut every network of a zoo in every way that applies, check what comes out, and put torch-pruning's result beside it.
 
-    python tools/bench_zoo.py tests.zoo:ZOO tests.zoo.public:PUBLIC [--log F] [--json F] [--markdown F] [--only NAME]
+    python tools/bench_zoo.py tests.zoo:ZOO tests.zoo.public:PUBLIC [--jobs N] [--log F] [--json F] [--markdown F]
 
 A case is a network, a structure, and the share of its groups that is zeroed at random. The rebuilt model is compared
 with the masked one in its own precision, in float64, and on inputs of other sizes, takes a step of SGD, and is run by
 ONNX Runtime: all that the dense network can. It is wrong if it computes something else, and raised if it does not run,
 train or export. A structure applies if the network has any of it beside its outputs; it is refused if none of it can be
 cut, else the case says how much was. Exit 1 if a case is wrong or raised, or if more than 5 % are refused. What is in
-the log is not run again; several processes may write to one.
+the log is not run again if it was made by the same sources, PyTorch and transformers (torch-pruning's: by the same
+torch-pruning and networks); what others made is not shown. Several processes may write to one log.
 """
 
+import hashlib
 import importlib
+import importlib.metadata
 import json
 import logging
+import multiprocessing
 import re
 import sys
+import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +64,8 @@ class Cell:
     detail: str = ""
     cut: int = 0
     of: int = 0
+    version: str = ""  # of what made it
+    seconds: float = 0.0
 
     @property
     def key(self) -> tuple[str, str, str, float]:
@@ -120,7 +129,7 @@ def most(case: Case) -> tuple[list[str], tuple[nn.Module, nn.Module] | None, str
 
 
 def run_net(
-    zoo: str, theme: str, net: Net, structures: Sequence[str], done: set[tuple[str, str, str, float]]
+    zoo: str, net: Net, *, theme: str, structures: Sequence[str], done: Collection[tuple[object, ...]]
 ) -> Iterator[Cell]:
     """Yield the cases of one network that are not done."""
     subject = Subject(net)
@@ -128,16 +137,64 @@ def run_net(
         for share in SHARES:
             if (zoo, net.name, structure, share) in done:
                 continue
-            if structure == PEER:
-                peer = outcome(net, share, limit_s=PEER_LIMIT_S)
-                yield Cell(zoo, theme, net.name, structure, share, peer.kind, peer.detail)
-                continue
-            try:
-                found = judged(subject, structure, share)
-            except Exception as error:
-                found = "raised", line(error), 0, 0
-            kind, detail, cut, of = found or ("none", "", 0, 0)
-            yield Cell(zoo, theme, net.name, structure, share, kind, _short(detail), cut, of)
+            start = time.perf_counter()
+            kind, detail, cut, of = _found(subject, structure, share)
+            took = round(time.perf_counter() - start, 2)
+            key = zoo, theme, net.name, structure, share
+            yield Cell(*key, kind, _short(detail), cut, of, version(zoo, structure), took)
+
+
+def _found(subject: Subject, structure: str, share: float) -> tuple[str, str, int, int]:
+    """Return (kind, detail, cut, of) of a case of ours or torch-pruning's."""
+    if structure == PEER:
+        peer = outcome(subject.net, share, limit_s=PEER_LIMIT_S)
+        return peer.kind, peer.detail, 0, 0
+    try:
+        return judged(subject, structure, share) or ("none", "", 0, 0)
+    except Exception as error:
+        return "raised", line(error), 0, 0
+
+
+@cache
+def version(zoo: str, structure: str) -> str:
+    """Return what a case depends on beside itself: the versions of packages, and a hash of the sources."""
+    here = Path(__file__).parent
+    folder = Path(str(importlib.import_module(zoo.partition(":")[0]).__file__)).parent
+    own = [here / "zoo_baseline.py"] if structure == PEER else [here / "zoo_cases.py", here / "zoo_baseline.py"]
+    folders = [folder] if structure == PEER else [folder, here.parent / "planner", here.parent / "backends"]
+    files = [*own, *(file for one in folders for file in sorted(one.glob("*.py")))]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    packages = ("torch", "transformers", *(("torch-pruning",) if structure == PEER else ()))
+    return " ".join([digest, *(f"{name} {_installed(name)}" for name in packages)])
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _worked(
+    zoo: str, name: str, *, log: Path | None, structures: Sequence[str], done: Collection[tuple[object, ...]]
+) -> list[Cell]:
+    """Run one network, in a process of its own if there are several; every case is logged once it is known."""
+    _quiet()
+    net = next(net for net in nets(zoo) if net.name == name)
+    theme = themes(zoo).get(name, zoo.partition(":")[0].rpartition(".")[2])
+    cells = []
+    for cell in run_net(zoo, net, theme=theme, structures=structures, done=done):
+        cells.append(cell)
+        if log is not None:
+            with log.open("a") as file:
+                file.write(json.dumps(asdict(cell)) + "\n")
+    return cells
+
+
+def _quiet() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    torch.set_num_threads(1)
 
 
 def _short(text: str) -> str:
@@ -230,11 +287,12 @@ def _names(cells: Iterable[Cell], *, structures: bool = False) -> str:
     return ", ".join(dict.fromkeys(f"{c.net}: {c.structure}" if structures else c.net for c in cells))
 
 
-def logged(path: Path | None) -> list[Cell]:
-    """Return the cells of a log; of several of one case the last counts."""
+def logged(path: Path | None) -> tuple[list[Cell], int]:
+    """Return the cells of a log that today's versions made, the last of each case, and how many others made."""
     lines = path.read_text().splitlines() if path is not None and path.exists() else []
-    cells = [Cell(**json.loads(text)) for text in lines]
-    return list({cell.key: cell for cell in cells}.values())
+    cells = list({cell.key: cell for cell in (Cell(**json.loads(text)) for text in lines)}.values())
+    current = [cell for cell in cells if cell.version == version(cell.zoo, cell.structure)]
+    return current, len(cells) - len(current)
 
 
 def main(
@@ -244,24 +302,26 @@ def main(
     as_markdown: Annotated[Path | None, typer.Option("--markdown", help="write the totals there")] = None,
     only: Annotated[str, typer.Option(help="networks whose name matches this")] = "",
     structures: Annotated[str, typer.Option(help="separated by commas")] = ",".join((*STRUCTURES, PEER)),
+    jobs: Annotated[int, typer.Option(min=1, help="processes, of one thread each")] = 1,
 ) -> None:
     """Cut every network in every way, and print what became of it."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
-    torch.set_num_threads(1)
+    _quiet()
     if PEER in structures:
         importlib.import_module("torch_pruning")  # once, before the processes
-    every = [(zoo, themes(zoo), net) for zoo in zoos for net in nets(zoo) if re.search(only, net.name)]
-    cells = logged(log)
-    done = {cell.key for cell in cells}
-    for zoo, theme, net in track(every, "cutting", console=Console(stderr=True)):
-        name = theme.get(net.name, zoo.partition(":")[0].rpartition(".")[2])
-        for cell in run_net(zoo, name, net, structures.split(","), done):
-            cells.append(cell)
-            if log is not None:
-                with log.open("a") as file:
-                    file.write(json.dumps(asdict(cell)) + "\n")
-    _show([cell for cell in cells if cell.kind != "none"], as_json, as_markdown)
+    names = [(zoo, net.name) for zoo in zoos for net in nets(zoo) if re.search(only, net.name)]
+    cells, others = logged(log)
+    console = Console(stderr=True)
+    if others:
+        console.print(f"{others} cases in {log} were made by other versions: they are run again")
+    work = partial(_worked, log=log, structures=structures.split(","), done=frozenset(cell.key for cell in cells))
+    # A fork carries over what is imported; threads of its own would not survive one.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        runs = [pool.submit(work, zoo, name) for zoo, name in names]
+        for run_ in track(as_completed(runs), "cutting", total=len(runs), console=console):
+            cells += run_.result()
+    place = {key: i for i, key in enumerate(names)}
+    wanted = [cell for cell in cells if cell.kind != "none" and (cell.zoo, cell.net) in place]
+    _show(sorted(wanted, key=lambda cell: place[cell.zoo, cell.net]), as_json, as_markdown)
 
 
 def _show(cells: Sequence[Cell], as_json: Path | None, as_markdown: Path | None) -> None:

@@ -11,6 +11,7 @@ from random import Random
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from backends.artifact import specs_of
 from backends.channels import select, unread
@@ -18,6 +19,7 @@ from backends.equivalence import proven, run
 from backends.export import export_onnx
 from backends.layers import weight_of
 from backends.rebuild import cut, zeroed
+from backends.regraph import resizable
 from backends.shapes import crop, gather
 from planner.graph import Graph, exported, trace
 from planner.groups import group
@@ -64,14 +66,24 @@ class Subject:
         return self.net.build()
 
     @cached_property
+    def program(self) -> ExportedProgram:
+        """The program of the network."""
+        return exported(self.model, self.net.inputs())
+
+    @cached_property
+    def resizable(self) -> ExportedProgram:
+        """The same for inputs of other sizes."""
+        return resizable(self.model, self.graph.example())
+
+    @cached_property
     def graph(self) -> Graph:
         """What can be cut exactly."""
-        return trace(self.model, self.net.inputs())
+        return trace(self.model, self.net.inputs(), program=self.program)
 
     @cached_property
     def lossy_graph(self) -> Graph:
         """What can be cut if normalisations may count fewer channels."""
-        return trace(self.model, self.net.inputs(), lossy=True)
+        return trace(self.model, self.net.inputs(), lossy=True, program=self.program)
 
     @cached_property
     def checks(self) -> dict[str, "Check"]:
@@ -190,10 +202,11 @@ def cases(subject: Subject, structure: str, share: float) -> Iterator[Case]:
     dice = Random(f"{subject.net.name} {structure} {share}")
     if structure in WIDTHS:
         case = _widths(subject, subject.graph, structure, share, dice)
-        if case.of or _computed(subject, structure):
+        if case.names or (not case.of and _computed(subject, structure)):
             yield case
-        if case.of and not case.names:
-            yield _widths(subject, subject.lossy_graph, structure, share, dice)
+        elif case.of:
+            lossy = _widths(subject, subject.lossy_graph, structure, share, dice)
+            yield from [] if lossy.reason.endswith(OUTPUT) and not lossy.names else [case, lossy][: 1 + bool(lossy.of)]
     elif structure == "depth":
         yield from _depth(subject, share, dice)
     elif structure == "channel":
@@ -228,7 +241,7 @@ def _widths(subject: Subject, graph: Graph, structure: str, share: float, dice: 
 
     def make(names: Sequence[str]) -> tuple[nn.Module, nn.Module]:
         own = {name: kept[name] for name in names}
-        return zeroed(subject.model, graph, own), cut(subject.model, graph, own)
+        return zeroed(subject.model, graph, own), cut(subject.model, graph, own, program=lambda: subject.resizable)
 
     reasons = [f"{width.name}: {width.frozen}" for width in every if width.frozen]
     inexact = graph if any(width.lossy for width in every if not width.frozen) else None
@@ -278,20 +291,22 @@ def _depth(subject: Subject, share: float, dice: Random) -> Iterator[Case]:
     drawn = dice.sample(free, max(1, round(share * len(free)))) if free else []
 
     def make(names: Sequence[str]) -> tuple[nn.Module, nn.Module]:
-        return zeroed(model, graph, {}, frozenset(names)), cut(model, graph, {}, frozenset(names))
+        return zeroed(model, graph, {}, frozenset(names)), cut(
+            model, graph, {}, frozenset(names), program=lambda: subject.resizable
+        )
 
-    sums = 0 if graph.blocks else residual_sums(model, subject.net.inputs())
+    sums = 0 if graph.blocks else residual_sums(subject.program)
     reasons = [f"{block.name}: {block.frozen}" for block in graph.blocks if block.frozen]
     if graph.blocks or sums:
         of = len(drawn) or len(graph.blocks) or sums
         yield Case(tuple(drawn), of, make, (reasons or [f"no block found at its {sums} residual sums"])[0])
 
 
-def residual_sums(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+def residual_sums(program: ExportedProgram) -> int:
     """Return how many sums of a tensor and what layers make of it there are, whether these can leave or not."""
     behind: dict[object, set[object]] = {}
     layers, count = set[object](), 0
-    for node in exported(model, inputs).graph.nodes:
+    for node in program.graph.nodes:
         sources = node.all_input_nodes
         behind[node] = {node}.union(*(behind[source] for source in sources))
         if any(name in str(node.target) for name in LAYERED):

@@ -28,6 +28,7 @@ def close(first: Tensor, second: Tensor, tolerance: float = 1e-12) -> bool:
 
 # --- value ---
 
+
 def test_value_with_a_budget_of_one_is_half_the_squared_sum() -> None:
     norms = random(50)
     assert close(envelope.value(norms, 1.0, 1.0, 1), norms.sum() ** 2 / 2)
@@ -49,8 +50,8 @@ def test_value_is_half_the_squared_k_support_norm(k: int) -> None:
     """Argyriou, Foygel, Srebro, "Sparse Prediction with the k-Support Norm" (2012), proposition 2.1."""
     norms = normal(20, seed=k).abs() ** 3
     x = torch.cat([torch.tensor([torch.inf], dtype=F64), norms.sort(descending=True).values])
-    r = next(r for r in range(k) if x[k - r - 1] > x[k - r:].sum() / (r + 1) >= x[k - r])
-    squared = (x[1 : k - r] ** 2).sum() + x[k - r:].sum() ** 2 / (r + 1)
+    r = next(r for r in range(k) if x[k - r - 1] > x[k - r :].sum() / (r + 1) >= x[k - r])
+    squared = (x[1 : k - r] ** 2).sum() + x[k - r :].sum() ** 2 / (r + 1)
     assert close(envelope.value(norms, 1.0, 1.0, k), squared / 2)
 
 
@@ -96,6 +97,7 @@ def test_value_of_a_budget_of_zero_is_infinite_unless_all_norms_are_zero() -> No
 
 
 # --- prox ---
+
 
 def objective(norms: Tensor, x: Tensor, k: float, a: Tensor, d: Tensor, *, debiased: bool) -> Tensor:
     """Return the objective of the prox with step 0.4, for each row of norms."""
@@ -177,6 +179,7 @@ def test_within_the_budget_the_prox_is_ridge_and_debiased_the_identity() -> None
 
 # --- pools and chunks ---
 
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("debiased", [False, True])
 def test_pools_are_solved_as_if_each_were_alone(dtype: torch.dtype, debiased: bool) -> None:
@@ -239,6 +242,7 @@ def test_a_pool_that_no_group_names_changes_nothing() -> None:
 
 # --- edges ---
 
+
 @pytest.mark.parametrize("debiased", [False, True])
 def test_a_budget_of_zero_scales_to_exact_zero_and_a_step_of_zero_leaves_all(debiased: bool) -> None:
     norms = torch.tensor([1.0, 0.0, 3.0])
@@ -276,6 +280,7 @@ def test_scale_does_not_track_gradients() -> None:
 
 
 # --- devices ---
+
 
 class Elsewhere(Tensor):
     """A tensor that says it is not on the CPU and refuses to be read by the host."""
@@ -340,7 +345,10 @@ ERRORS: dict[str, dict[str, Any]] = {
     r"pool ids from -1 to 0; they must lie in 0..0": {"pool": torch.tensor([0, -1])},
     "step 1.2 × a 1.0 must stay below 1 in the de-biased form": {"step": 1.2, "debiased": True},  # noqa: RUF001
     "step 0.5 × a 2.0 must stay below 1 in the de-biased form": {  # noqa: RUF001
-        "a": torch.tensor([1.0, 2.0]), "step": torch.full((2,), 0.5), "debiased": True},
+        "a": torch.tensor([1.0, 2.0]),
+        "step": torch.full((2,), 0.5),
+        "debiased": True,
+    },
 }
 
 
@@ -398,6 +406,7 @@ def test_value_is_at_least_the_quadratic_and_falls_with_the_budget(
 
 
 # --- one large pool of alike groups ---
+
 
 def drawn(groups: int = 20_000, *, seed: int = 0) -> dict[str, Tensor]:
     """Return norms of several kinds, in float64."""

@@ -74,9 +74,23 @@ def draw(family: str, rng: np.random.Generator, problems: int = PROBLEMS, groups
     return Batch(x, a, d, step, part * d.sum(1, keepdims=True))
 
 
-FAMILIES = ("plain", "integer budget", "norms span 1e30", "costs span 1e6", "weights and costs span 1e6",
-            "everything spans", "ties and zeros", "near ties", "break-points that accumulate", "long steps",
-            "short steps", "budget below every cost", "budget above all costs", "one group", "four groups")
+FAMILIES = (
+    "plain",
+    "integer budget",
+    "norms span 1e30",
+    "costs span 1e6",
+    "weights and costs span 1e6",
+    "everything spans",
+    "ties and zeros",
+    "near ties",
+    "break-points that accumulate",
+    "long steps",
+    "short steps",
+    "budget below every cost",
+    "budget above all costs",
+    "one group",
+    "four groups",
+)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -97,8 +111,10 @@ def rounded(batch: Batch, dtype: torch.dtype) -> Batch:
 
 def pooled(batch: Batch, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     """Return the arguments of `value`, with the problems as pools."""
-    tensors = {name: torch.tensor(part.ravel()).to(dtype) for name, part in
-               (("norms", batch.x), ("a", batch.a), ("d", batch.d))}
+    tensors = {
+        name: torch.tensor(part.ravel()).to(dtype)
+        for name, part in (("norms", batch.x), ("a", batch.a), ("d", batch.d))
+    }
     pool = torch.arange(len(batch.x)).repeat_interleave(batch.x.shape[1])
     return {**tensors, "k": torch.tensor(batch.k.ravel()), "pool": pool}
 
@@ -127,7 +143,7 @@ def sorted_search(batch: Batch, *, debiased: bool) -> Array:
             left, right = np.where(below, middle, left), np.where(below, right, np.maximum(middle, left + 1))
         low, high = (np.take_along_axis(points, side[:, None], 1) for side in (left, np.maximum(right, 0)))
         full, inside = end <= low, (start <= low) & (end >= high) & (c > 0)
-        eta = (k - (d * full).sum(1, keepdims=True) + (d * b * inside).sum(1, keepdims=True))
+        eta = k - (d * full).sum(1, keepdims=True) + (d * b * inside).sum(1, keepdims=True)
         eta = eta / (d * c * inside).sum(1, keepdims=True)
         u = np.where(inside, np.clip(eta * c - b, 0, 1), full)
     return np.where((d * (x > 0)).sum(1, keepdims=True) <= k, 1, u)
@@ -256,8 +272,13 @@ def exact_factors(x: list[int], root_a: list[int], root_d: list[int], step: Frac
 
     if sum(d) <= k:
         return [1 / (1 + bj) for bj in b]
-    points = sorted({Fraction(0), *(bj / cj for cj, bj in zip(c, b, strict=True)),
-                     *((1 + bj) / cj for cj, bj in zip(c, b, strict=True))})
+    points = sorted(
+        {
+            Fraction(0),
+            *(bj / cj for cj, bj in zip(c, b, strict=True)),
+            *((1 + bj) / cj for cj, bj in zip(c, b, strict=True)),
+        }
+    )
     right = next(i for i, point in enumerate(points) if spent(point) >= k)
     low, high = points[right - 1], points[right]
     eta = low + (high - low) * (k - spent(low)) / (spent(high) - spent(low))
@@ -272,15 +293,23 @@ def test_factors_are_right_to_the_last_digits_of_rational_arithmetic() -> None:
         x, root_a, root_d = (rng.integers(1, high, groups).tolist() for high in (50, 4, 6))
         step = Fraction(int(rng.integers(1, 64)), 32)
         k = Fraction(int(rng.integers(1, 4 * sum(dj**2 for dj in root_d))), 4)
-        found = envelope.scale(torch.tensor(x, dtype=torch.float64), float(step), torch.tensor(root_a) ** 2,
-                               torch.tensor(root_d) ** 2, float(k))
+        found = envelope.scale(
+            torch.tensor(x, dtype=torch.float64),
+            float(step),
+            torch.tensor(root_a) ** 2,
+            torch.tensor(root_d) ** 2,
+            float(k),
+        )
         exact = exact_factors(x, root_a, root_d, step, k)
         worst = max(worst, *(float(abs(Fraction(f) - e)) for f, e in zip(found.tolist(), exact, strict=True)))
     assert worst <= 32 * np.finfo(float).eps
 
 
 SCALES: dict[str, Callable[[Array], Array]] = {
-    "subnormal": lambda x: np.ldexp(x, -1040), "huge": lambda x: np.ldexp(x, 900), "tiny": lambda x: np.ldexp(x, -600)}
+    "subnormal": lambda x: np.ldexp(x, -1040),
+    "huge": lambda x: np.ldexp(x, 900),
+    "tiny": lambda x: np.ldexp(x, -600),
+}
 
 
 @pytest.mark.parametrize("size", SCALES)

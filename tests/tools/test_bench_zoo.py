@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from backends.rebuild import cut
 from tools import bench_zoo, zoo_cases
-from tools.bench_zoo import PEER, Cell, judged, logged, main, markdown, share_refused, totals
+from tools.bench_zoo import PEER, Cell, judged, logged, main, markdown, share_refused, totals, version
 from tools.zoo_cases import STRUCTURES, Subject, cases, residual_sums
 
 from ..zoo import ZOO
@@ -114,7 +114,7 @@ def test_a_rebuilt_model_that_is_wrong_is_found_out(
     spoil: Callable[[nn.Module], nn.Module], kind: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = cut
-    monkeypatch.setattr(zoo_cases, "cut", lambda *args: spoil(right(*args)))
+    monkeypatch.setattr(zoo_cases, "cut", lambda *args, **kwargs: spoil(right(*args, **kwargs)))
     found, detail = kind_of(RESIDUAL, "filter")
     assert found == kind
     assert re.search(said, detail), detail
@@ -140,7 +140,7 @@ def test_a_width_that_is_normalised_over_is_lossy_by_its_statistics_alone() -> N
 
 
 def test_a_lossy_cut_that_changes_more_than_statistics_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo_cases, "cut", lambda *args: wrong(cut(*args)))
+    monkeypatch.setattr(zoo_cases, "cut", lambda *args, **kwargs: wrong(cut(*args, **kwargs)))
     made = layers(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5))
     kind, detail = kind_of(made, "hidden")
     assert kind == "wrong"
@@ -148,9 +148,9 @@ def test_a_lossy_cut_that_changes_more_than_statistics_is_wrong(monkeypatch: pyt
 
 
 def test_residual_sums_are_counted_without_the_trace() -> None:
-    assert residual_sums(RESIDUAL.build(), RESIDUAL.inputs()) == 1
-    assert residual_sums(nn.Sequential(nn.Linear(6, 5)), (torch.ones(2, 6),)) == 0
-    assert residual_sums(ZOO["gpt2"].build(), ZOO["gpt2"].inputs()) == 4
+    assert residual_sums(Subject(RESIDUAL).program) == 1
+    assert residual_sums(Subject(layers(nn.Linear(6, 5))).program) == 0
+    assert residual_sums(Subject(ZOO["gpt2"]).program) == 4
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
@@ -190,13 +190,18 @@ def app() -> Typer:
 def test_a_log_is_continued_and_its_last_word_counts(tmp_path: Path) -> None:
     log, out = tmp_path / "log.jsonl", tmp_path / "all.json"
     known = {"zoo": "tests.zoo:ZOO", "theme": "plain", "net": "plain_cnn", "structure": "filter"}
+    known["version"] = version("tests.zoo:ZOO", "filter")
     lines = [{**known, "share": 0.25, "kind": kind} for kind in ("own class", "wrong")]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = ["tests.zoo:ZOO", "--only", "^plain_cnn$", "--structures", "filter", "--log", str(log), "--json", str(out)]
     result = CliRunner().invoke(app(), asked)
-    assert [(c.share, c.kind) for c in logged(log)] == [(0.25, "wrong"), (0.5, "own class")]
+    assert [(c.share, c.kind) for c in logged(log)[0]] == [(0.25, "wrong"), (0.5, "own class")]
     assert [c["kind"] for c in json.loads(out.read_text())] == ["wrong", "own class"]
     assert result.exit_code == 1  # one is wrong
+    log.write_text(log.read_text().replace(known["version"], "another"))
+    assert logged(log) == ([], 2)  # what other versions made is neither shown nor kept from being run again
+    assert CliRunner().invoke(app(), [*asked, "--jobs", "2"]).exit_code == 0
+    assert [(c.share, c.kind) for c in logged(log)[0]] == [(0.25, "own class"), (0.5, "own class")]
     log.write_text("")
     assert CliRunner().invoke(app(), asked).exit_code == 0
     assert len(log.read_text().splitlines()) == 2
