@@ -257,6 +257,30 @@ CASES: dict[str, Case] = {
     "logarithm": Case(lambda: image(lambda net, x: torch.log(x.abs())), {"one": (8, "not finite at zero, log at ")}),
     "divided by": Case(lambda: image(lambda net, x: 1 / F.relu(x)), {"one": (8, "at ")}),
     "a normal function": Case(lambda: image(lambda net, x: F.softplus(x) + 1), FREE),
+    "variance of each": Case(
+        lambda: image(lambda net, x: x / (x.var(dim=(2, 3), keepdim=True, unbiased=False) + 1).sqrt()), FREE
+    ),
+    "gathered": Case(lambda: text(lambda net, x: x.gather(1, torch.tensor([[[4]]]).expand(2, 3, 8))), FREE, TOKENS),
+    "added up by numbers": Case(
+        lambda: text(lambda net, x: torch.zeros_like(x).index_add_(1, torch.tensor([0, 0, 1, 2, 1]), x)), FREE, TOKENS
+    ),
+    "scattered": Case(
+        lambda: text(lambda net, x: torch.zeros_like(x).scatter_add(1, torch.tensor([[[2]]]).expand(2, 5, 8), x)),
+        FREE,
+        TOKENS,
+    ),
+    "alike by angle": Case(
+        lambda: text(lambda net, x: F.cosine_similarity(x, x.roll(1, 1), dim=-1).unsqueeze(-1), 1), FREE, TOKENS
+    ),
+    "weight norm": Case(
+        lambda: image(lambda net, x: net.more(x), 6, more=nn.utils.parametrizations.weight_norm(conv(8, 6))),
+        {**FREE, "more": (6, None)},
+    ),
+    "cells": Case(
+        lambda: text(lambda net, x: net.cell(x[:, 1], net.cell(x[:, 0])).unsqueeze(1), 6, cell=nn.GRUCell(8, 6)),
+        {**FREE, "cell": (6, None)}, TOKENS,
+    ),
+    "a region": Case(lambda: image(lambda net, x: torch.autocast("cpu", enabled=False)(F.relu)(x)), FREE),
     "unknown": Case(lambda: image(lambda net, x: torch.sort(x, 1).values), {"one": (8, "reaches sort at ")}),
     "unknown elsewhere": Case(
         lambda: image(

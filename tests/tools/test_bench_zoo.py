@@ -130,7 +130,9 @@ def test_nothing_that_can_be_cut_is_refused_with_the_place() -> None:
     kind, detail = kind_of(net("hidden", Hidden, PIXELS, ""), "filter")
     assert kind == "refused"
     assert re.search(r"first: reaches sort at tests/tools/test_bench_zoo\.py:\d+", bench_zoo._short(detail)), detail
-    assert kind_of(ZOO["weight_norm"], "filter") == ("refused", "the weights of its convolutions are computed")
+    spectral = [nn.utils.parametrizations.spectral_norm(nn.Conv2d(*size, 3)) for size in ((3, 8), (8, 2))]
+    computed = net("computed", lambda: nn.Sequential(*spectral), PIXELS, "")
+    assert kind_of(computed, "filter") == ("refused", "the weights of its convolutions are computed")
 
 
 def test_a_width_that_is_normalised_over_is_lossy_by_its_statistics_alone() -> None:

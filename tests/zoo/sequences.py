@@ -277,6 +277,25 @@ class SelectiveScan(nn.Module):
         return self.head(x + self.out_proj(y * F.silu(z)))
 
 
+class Stepwise(nn.Module):
+    """A decoder of nn.GRUCell that looks at an encoder's states, from a state of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.encoder = nn.Embedding(50, 16), nn.GRU(16, 12, batch_first=True)
+        self.cell, self.look, self.last = nn.GRUCell(28, 12), nn.Linear(12, 12), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, _ = self.encoder(self.embed(x))
+        h, made = torch.zeros_like(memory[:, 0]), []
+        for step in range(3):
+            weight = (self.look(memory) @ h.unsqueeze(-1)).softmax(1)
+            seen = (weight.transpose(1, 2) @ memory).squeeze(1)
+            h = self.cell(torch.cat([self.embed(x[:, step]), seen], -1), h)
+            made.append(self.last(torch.cat([h, seen], -1)))
+        return torch.stack(made, 1)
+
+
 TOKENS = tokens(50, 9, other=12)
 FRAMES = images(10, 12, other=(14, 12))
 NETS = (
@@ -289,6 +308,7 @@ NETS = (
     net("speech_cnn", SpeechCNN, images(1, 128, other=(1, 160)), "one-dimensional convolutions on audio"),
     net("wavenet", WaveNet, images(1, 32, other=(1, 40)), "tanh times sigmoid of two chunks, summed skips"),
     net("tcn", TCN, images(4, 20, other=(4, 26)), "causal convolutions chopped by a slice"),
+    net("decoder_cells", Stepwise, TOKENS, "GRU cells step by step, attention over an encoder"),
     net("conformer", Conformer, images(10, 16, other=(13, 16)), "GLU and depthwise convolution between transposes"),
     net("text_cnn", TextCNN, TOKENS, "parallel convolutions over whole embeddings, concatenated"),
     net(

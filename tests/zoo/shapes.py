@@ -323,6 +323,21 @@ class Interlaced(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Messages(nn.Module):
+    """Messages along the edges of a graph, added up at the nodes that they reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.message = nn.Linear(5, 16), nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 16))
+        self.update, self.out = nn.Linear(32, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        h, (source, target) = F.relu(self.inp(x)), edges.unbind(1)
+        sent = self.message(torch.cat([h[source], h[target]], -1))
+        got = torch.zeros_like(h).index_add(0, target, sent)
+        return self.out(h + F.relu(self.update(torch.cat([h, got], -1))))
+
+
 IMAGE = images(3, 16, 16, other=(3, 20, 20))
 POINTS = images(20, 3, other=(30, 3))
 NETS = (
@@ -348,6 +363,12 @@ NETS = (
         GraphNet,
         several(images(7, 8, other=(9, 8)), images(7, 7, other=(9, 9), seed=1)),
         "adjacency products",
+    ),
+    net(
+        "messages",
+        Messages,
+        several(images(5, batches=(6, 7)), tokens(6, 2, batches=(9, 11))),
+        "sums by numbers of nodes",
     ),
     net("nerf", NeRF, POINTS, "the input concatenated half way"),
     net("soft_argmax", SoftArgmax, IMAGE, "softmax over each output channel's pixels"),
