@@ -52,6 +52,7 @@ class Case:
     reason: str = ""  # why none of them, or not all, can be cut
     graph: Graph | None = None  # where the cut is not exact
     kept: Mapping[str, Tensor] = field(default_factory=dict)  # channels, where widths are cut
+    outputs: bool = False  # whether all of them are outputs of the model, if normalisations are let pass
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,8 @@ def cases(subject: Subject, structure: str, share: float) -> Iterator[Case]:
             yield case
         elif case.of:
             lossy = _widths(subject, subject.lossy_graph, structure, share, dice)
-            yield from [] if lossy.reason.endswith(OUTPUT) and not lossy.names else [case, lossy][: 1 + bool(lossy.of)]
+            if lossy.names or not lossy.outputs:
+                yield from (case, lossy) if lossy.of else (case,)
     elif structure == "depth":
         yield from _depth(subject, share, dice)
     elif structure == "channel":
@@ -245,9 +247,9 @@ def _widths(subject: Subject, graph: Graph, structure: str, share: float, dice: 
 
     reasons = [f"{width.name}: {width.frozen}" for width in every if width.frozen]
     inexact = graph if any(width.lossy for width in every if not width.frozen) else None
-    return Case(
-        tuple(kept), len(every), make, (reasons or ["the weights of its convolutions are computed"])[0], inexact, kept
-    )
+    reason = (reasons or ["the weights of its convolutions are computed"])[0]
+    outputs = bool(every) and all(width.frozen == OUTPUT for width in every)
+    return Case(tuple(kept), len(every), make, reason, inexact, kept, outputs)
 
 
 def _kept(size: int, share: float, runs: int, dice: Random) -> Tensor:

@@ -49,6 +49,13 @@ class Hidden(Residual):
         return super().forward(self.first(x).sort(1).values[:, :3])
 
 
+class Sorted(nn.Conv2d):
+    """A convolution whose weights are computed in a way that no rule follows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.conv2d(x, self.weight.sort(0).values, self.bias)
+
+
 PIXELS = images(3, 8, 8, other=(3, 10, 10))
 RESIDUAL = net("residual", Residual, PIXELS, "")
 
@@ -130,9 +137,10 @@ def test_nothing_that_can_be_cut_is_refused_with_the_place() -> None:
     kind, detail = kind_of(net("hidden", Hidden, PIXELS, ""), "filter")
     assert kind == "refused"
     assert re.search(r"first: reaches sort at tests/tools/test_bench_zoo\.py:\d+", bench_zoo._short(detail)), detail
-    spectral = [nn.utils.parametrizations.spectral_norm(nn.Conv2d(*size, 3)) for size in ((3, 8), (8, 2))]
-    computed = net("computed", lambda: nn.Sequential(*spectral), PIXELS, "")
-    assert kind_of(computed, "filter") == ("refused", "the weights of its convolutions are computed")
+    assert kind_of(net("sorted", lambda: Sorted(3, 8, 3), PIXELS, ""), "filter") == (
+        "refused",
+        "the weights of its convolutions are computed",
+    )
 
 
 def test_a_width_that_is_normalised_over_is_lossy_by_its_statistics_alone() -> None:
