@@ -26,6 +26,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -309,6 +310,8 @@ def main(
     if PEER in structures:
         importlib.import_module("torch_pruning")  # once, before the processes
     names = [(zoo, net.name) for zoo in zoos for net in nets(zoo) if re.search(only, net.name)]
+    for zoo, structure in product(zoos, structures.split(",")):
+        version(zoo, structure)  # of the sources that the processes below run, though they may change meanwhile
     cells, others = logged(log)
     console = Console(stderr=True)
     if others:
