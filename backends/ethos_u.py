@@ -8,6 +8,7 @@ import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,7 @@ from backends.quiet import quietly
 from backends.samples import Inputs
 from profiles.errors import BackendUnavailable, BuildError
 
-__all__ = ["EXTRA", "Compiled", "estimate_of"]
+__all__ = ["EXTRA", "Compiled", "compiler", "dialect", "estimate_of", "estimated"]
 
 EXTRA = "pip install 'espalier[ethos-u]'"
 _KIB = 1024
@@ -59,7 +60,7 @@ class Compiled:
             made = Made(
                 count,
                 remarks,
-                estimate_of(_reports(Path(folder), programs, spec), compiler=f"Vela {_vela_version()}"),
+                estimate_of(_reports(Path(folder), programs, spec), compiler=compiler()),
             )
             return cls(job, program, {each.name.split("_")[1]: each.read_bytes() for each in programs}, buffer, made)
 
@@ -72,6 +73,26 @@ class Compiled:
         """Return what computes as the NPU does: the quantised graph around Arm's reference model of its programs."""
         assert content == self.buffer
         return Session(self.job.specs, self.job.threads, partial(_bound, self))
+
+
+def estimated(program: Path, accelerator: str, system_config: str | None, memory_mode: str | None) -> Estimate:
+    """Return what Vela estimates of a TOSA program that lies in a file."""
+    spec = _spec(accelerator, system_config, memory_mode)
+    with TemporaryDirectory(prefix="espalier-") as folder, quietly(errors_too=True):
+        return estimate_of([_compiled(program, Path(folder), spec)], compiler=compiler())
+
+
+def compiler() -> str:
+    """Return the name and version of the compiler whose estimates these are; BackendUnavailable if it is not here."""
+    try:
+        return f"Vela {installed_version('ethos-u-vela')}"
+    except PackageNotFoundError as error:
+        raise BackendUnavailable(f"Vela is not installed: {EXTRA}") from error
+
+
+def dialect(accelerator: str, system_config: str | None, memory_mode: str | None) -> str:
+    """Return the dialect of TOSA that the accelerator's programs are in; several accelerators share one."""
+    return str(_spec(accelerator, system_config, memory_mode).tosa_spec)
 
 
 def estimate_of(reports: list[tuple[dict[str, str], list[dict[str, str]]]], *, compiler: str) -> Estimate:
@@ -145,14 +166,14 @@ def _reports(folder: Path, programs: list[Path], spec: Any) -> list[tuple[dict[s
     """Return Vela's summary and operations of each program; it keeps the last one's, so several are compiled anew."""
     if len(programs) == 1:
         return [_report(folder / "output")]
+    return [_compiled(program, folder / f"report-{program.stem}", spec) for program in programs]
+
+
+def _compiled(program: Path, output: Path, spec: Any) -> tuple[dict[str, str], list[dict[str, str]]]:
     from ethosu.vela import vela
 
-    reports = []
-    for program in programs:
-        output = folder / f"report-{program.stem}"
-        vela.main([*spec.compiler_flags, f"--output-dir={output}", str(program)])
-        reports.append(_report(output))
-    return reports
+    vela.main([*spec.compiler_flags, f"--output-dir={output}", str(program)])
+    return _report(output)
 
 
 def _report(folder: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
@@ -164,10 +185,6 @@ def _report(folder: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
 def _rows(path: Path) -> Iterator[dict[str, str]]:
     with path.open(newline="") as file:
         yield from csv.DictReader(file)
-
-
-def _vela_version() -> str:
-    return installed_version("ethos-u-vela")
 
 
 def _bound(compiled: Compiled, arrays: tuple[Array, ...]) -> Bound:

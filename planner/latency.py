@@ -38,9 +38,10 @@ from profiles import Profile, atomic
 from profiles import load as profile_of
 from profiles.errors import PlanError, ProfileError
 
-__all__ = ["Costs", "Entry", "Key", "LatencyTable", "Probe", "Rules", "fit", "forecast", "keys"]
+__all__ = ["ESTIMATE", "Costs", "Entry", "Key", "LatencyTable", "Probe", "Rules", "fit", "forecast", "keys"]
 
 Key = tuple[str, int, int]  # operation signature, input channels, output channels
+ESTIMATE = "compiler's estimate"  # the method of a table that no device was measured for
 _MEASURED, _PRIOR = 0.01, 0.3  # assumed relative standard deviations of a probe and of the prior
 _COARSE, _RATE = 0.01, 1.5  # of a probe under the coarse model, and of its rates
 _OTHER_SIDE = 2.0  # how much farther an entry on the other side of a cliff counts, in doublings of a width
@@ -101,7 +102,7 @@ class LatencyTable(_Part):
     batch: Annotated[int, Field(gt=0)] | None = None
     governor: str | None = None  # of the clock; None where the system does not say
     frequency_hz: Annotated[float, Field(gt=0)] | None = None  # when the measurement began
-    method: str = "calibrate"  # or "kit", measured on the device by the kit's own script or the runtime's tool
+    method: str = "calibrate"  # or "kit", measured on the device by the kit's own script or its tool; or ESTIMATE
 
     @property
     def uncertainty(self) -> float:
@@ -191,7 +192,7 @@ def forecast(costs: Costs, graph: Graph, choice: Choice) -> Prediction:
         )
     off = min(costs.uncertainty, 1.0)
     return Prediction(
-        basis="measured here",
+        basis="estimated by the compiler" if costs.method == ESTIMATE else "measured here",
         fraction=fraction,
         low=fraction * (1 - off),
         high=fraction * (1 + off),

@@ -17,7 +17,7 @@ from profiles.errors import PlanError
 T = TypeVar("T", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-Basis = Literal["measured here", "measured elsewhere", "documented"]
+Basis = Literal["measured here", "measured elsewhere", "estimated by the compiler", "documented"]
 
 
 class _Part(BaseModel):
@@ -73,7 +73,7 @@ class Pool(_Part):
 class Prediction(_Part):
     """What the planner expects of a network, what that rests on, and how far to trust it."""
 
-    basis: Basis  # a table measured on this device, or on another; or the profile's documented rules alone
+    basis: Basis  # a table measured on this device, or on another, or of its compiler's estimates; or documented rules
     fraction: Positive  # of the dense latency
     low: Annotated[float, Field(ge=0)]  # of the 95 % interval of a table; of what the rules leave open
     high: Positive

@@ -13,8 +13,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from statistics import mean
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from backends.contract import Runtime
 from backends.rebuild import cut
 from backends.samples import Samples
 from planner.graph import Graph, trace
-from planner.latency import Entry, LatencyTable, Probe, fit, keys
+from planner.latency import ESTIMATE, Entry, LatencyTable, Probe, fit, keys
 from planner.operations import Choice
 from planner.search import candidates
 from planner.widths import Width
@@ -104,8 +106,11 @@ def bench(
 def calibrate(bench: Bench, *, progress: Progress, fresh: bool = False) -> LatencyTable:
     """Return the latency table of a bench: the one measured before on this machine, or a new one.
 
-    Probes are kept as they are measured, so that an interrupted calibration goes on where it was.
+    Probes are kept as they are measured, so that an interrupted calibration goes on where it was. Of an NPU that is not
+    here, the table holds its compiler's estimates.
     """
+    if by_compiler(bench.profile):
+        return estimates().tabled(bench, progress=progress, fresh=fresh)
     options = candidates(bench.graph, bench.profile)
     wanted = design(bench.graph, options)
     path = cache_path(bench, wanted)
@@ -216,7 +221,12 @@ def _block_kinds(graph: Graph) -> list[list[str]]:
 def measure_choices(
     bench: Bench, wanted: Sequence[tuple[Choice, bool]], *, progress: Progress, offset: tuple[int, int] = (0, 0)
 ) -> list[Probe]:
-    """Build and time networks, in turns with the dense one; latencies are scaled to the dense one of the first call."""
+    """Build and time networks, in turns with the dense one; latencies are scaled to the dense one of the first call.
+
+    Of an NPU that is not here, they are its compiler's estimates.
+    """
+    if by_compiler(bench.profile):
+        return estimates().estimated_choices(bench, wanted, progress=progress)
     done, total = offset if offset[1] else (0, len(wanted))
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         timed = [_candidate(bench, bench.graph.dense, Path(folder), "dense")]
@@ -328,6 +338,8 @@ def _rested(graph: Graph, entries: Sequence[Entry], probes: Sequence[Probe]) -> 
 
 def refined(bench: Bench, table: LatencyTable, choice: Choice, *, progress: Progress) -> tuple[LatencyTable, float]:
     """Measure the network of a plan and fit the table to it too; return the table and the error it had there."""
+    if by_compiler(bench.profile):
+        return estimates().refined(bench, table, choice)
     full = bench.graph.choice(choice.keep, choice.removed)
     longer = replace(bench, seconds=_LONGER * bench.seconds)  # one network decides more here than one of many
     (probe,) = measure_choices(longer, [(full, False)], progress=progress)
@@ -343,6 +355,8 @@ def elsewhere(
     """Return why a table does not belong here; raises PlanError with the reasons unless `any_table`."""
     batch = batch_of(inputs)
     try:
+        if by_compiler(profile) or table.method == ESTIMATE:
+            return _unless(any_table, estimates().foreign(table, profile, batch=batch))
         version = load(profile.runtime.name).version()
     except BackendUnavailable:
         reasons = [f"{profile.runtime.name} is not installed here"]
@@ -356,6 +370,20 @@ def elsewhere(
             batch=batch,
             device_model=model,
         )
+    return _unless(any_table, reasons)
+
+
+def _unless(any_table: bool, reasons: list[str]) -> list[str]:
     if reasons and not any_table:
         raise PlanError(f"{'; '.join(reasons)}; calibrate here, or add --any-table, which the plan then notes")
     return reasons
+
+
+def by_compiler(profile: Profile) -> bool:
+    """Whether a device is known by its compiler's estimates, as it is never here to be measured."""
+    return profile.device.kind == "npu" and profile.runtime.name == "executorch"
+
+
+def estimates() -> ModuleType:
+    """Return tools.estimates, whose imports need the compiler."""
+    return import_module("tools.estimates")

@@ -88,8 +88,10 @@ def _measure(
     with Stage(console).phase("measure latency table") as phase, one_thread():
         table = calibration.calibrate(bench, progress=phase.step, fresh=fresh)
     table.save(out)
+    what = "estimated by its compiler, not measured; " if calibration.by_compiler(device) else ""
     words = (
-        f"{len(table.probes)} networks, {len(table.entries)} entries, error on unseen networks {table.mean_error:.1%}"
+        f"{len(table.probes)} networks, {len(table.entries)} entries, {what}"
+        f"error on unseen networks {table.mean_error:.1%}"
     )
     _print(as_json, {"out": out, "mean_error": table.mean_error, "entries": len(table.entries)}, f"{out}: {words}")
 
