@@ -231,6 +231,9 @@ class _Narrowing:
         if operator.name == "RESCALE" and operator.inputs[0] in self.sums:
             self.alias[made] = self._eight_bits(read[0])
             return True
+        if operator.name == "CLAMP" and operator.inputs[0] in self.alias:  # lowered anew, it is in the layer before it
+            self.alias[made] = read[0]
+            return True
         return False
 
     def _eight_bits(self, wide: str) -> str:

@@ -13,10 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from statistics import mean
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -110,7 +108,9 @@ def calibrate(bench: Bench, *, progress: Progress, fresh: bool = False) -> Laten
     here, the table holds its compiler's estimates.
     """
     if by_compiler(bench.profile):
-        return estimates().tabled(bench, progress=progress, fresh=fresh)
+        from tools import estimates  # its imports need the compiler
+
+        return estimates.tabled(bench, progress=progress, fresh=fresh)
     options = candidates(bench.graph, bench.profile)
     wanted = design(bench.graph, options)
     path = cache_path(bench, wanted)
@@ -226,7 +226,9 @@ def measure_choices(
     Of an NPU that is not here, they are its compiler's estimates.
     """
     if by_compiler(bench.profile):
-        return estimates().estimated_choices(bench, wanted, progress=progress)
+        from tools import estimates  # its imports need the compiler
+
+        return estimates.estimated_choices(bench, wanted, progress=progress)
     done, total = offset if offset[1] else (0, len(wanted))
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         timed = [_candidate(bench, bench.graph.dense, Path(folder), "dense")]
@@ -339,7 +341,9 @@ def _rested(graph: Graph, entries: Sequence[Entry], probes: Sequence[Probe]) -> 
 def refined(bench: Bench, table: LatencyTable, choice: Choice, *, progress: Progress) -> tuple[LatencyTable, float]:
     """Measure the network of a plan and fit the table to it too; return the table and the error it had there."""
     if by_compiler(bench.profile):
-        return estimates().refined(bench, table, choice)
+        from tools import estimates  # its imports need the compiler
+
+        return estimates.refined(bench, table, choice)
     full = bench.graph.choice(choice.keep, choice.removed)
     longer = replace(bench, seconds=_LONGER * bench.seconds)  # one network decides more here than one of many
     (probe,) = measure_choices(longer, [(full, False)], progress=progress)
@@ -356,7 +360,9 @@ def elsewhere(
     batch = batch_of(inputs)
     try:
         if by_compiler(profile) or table.method == ESTIMATE:
-            return _unless(any_table, estimates().foreign(table, profile, batch=batch))
+            from tools import estimates
+
+            return _unless(any_table, estimates.foreign(table, profile, batch=batch))
         version = load(profile.runtime.name).version()
     except BackendUnavailable:
         reasons = [f"{profile.runtime.name} is not installed here"]
@@ -382,8 +388,3 @@ def _unless(any_table: bool, reasons: list[str]) -> list[str]:
 def by_compiler(profile: Profile) -> bool:
     """Whether a device is known by its compiler's estimates, as it is never here to be measured."""
     return profile.device.kind == "npu" and profile.runtime.name == "executorch"
-
-
-def estimates() -> ModuleType:
-    """Return tools.estimates, whose imports need the compiler."""
-    return import_module("tools.estimates")
