@@ -38,7 +38,7 @@ class Layer:
 
     inputs: int
     outputs: int
-    kernel: tuple[int, int]
+    kernel: Shape
     depthwise: bool
     made: str  # the tensor that it writes
 
@@ -58,7 +58,7 @@ class _Operator:
 class TosaProgram:
     """A program of one block, with its operations in the order in which they run."""
 
-    version: tuple[int, int]
+    version: tuple[int, ...]  # major and minor
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     operators: tuple[_Operator, ...]
@@ -117,7 +117,7 @@ class TosaProgram:
             tensor = maker.inputs[0]
         return index[tensor]
 
-    def narrowed(self, channels: Sequence[tuple[int, int] | None]) -> Self:
+    def narrowed(self, channels: Sequence[tuple[int, int] | None]) -> "TosaProgram":
         """Return the program with these input and output channels of its layers; None: the layer has left.
 
         With a layer goes what only reads it, up to the addition that it ends in, of which the other side remains.

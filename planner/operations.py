@@ -68,6 +68,11 @@ class Operation:
         return self.macs_per_pair * outputs * (1 if self.grouped else inputs)
 
     @property
+    def additions(self) -> int:
+        """How many additions of another tensor are fused behind it."""
+        return self.signature.split()[-1].split("+").count("add")
+
+    @property
     def kind(self) -> str:
         """The name that profiles use for it."""
         return self.signature.split()[0]

@@ -2,15 +2,17 @@
 
 For each operation, as in the roofline model (Williams et al. 2009),
 
-    seconds = penalty × max(rounded multiply-accumulates / peak, bytes / bandwidth of each memory) + launch
+    seconds = penalty × max(rounded multiply-accumulates / peak, elements written / rate, bytes / bandwidth of each
+              memory) + elements added / rate + launch
 
-with peak, bandwidths and launch as the profile states them, or else as is typical for its kind of device: then only
-ratios have meaning. Beside a cliff another kernel runs, which rounds nothing and takes the stated penalty, and its data
-are converted on the way in and out; otherwise the penalty is 1. Where the profile does not say how much of a rounding
-is paid, the answer is a range. Rules that are folklore or inferred round nothing.
+with peak, rates, bandwidths and launch as the profile states them, or else as is typical for its kind of device: then
+only ratios have meaning. Beside a cliff another kernel runs, which rounds nothing and takes the stated penalty, and
+its data are converted on the way in and out; otherwise the penalty is 1. Where the profile does not say how much of a
+rounding is paid, the answer is a range. Rules that are folklore or inferred round nothing.
 """
 
 from dataclasses import dataclass
+from math import inf
 from statistics import fmean
 
 from planner.graph import Graph
@@ -29,6 +31,8 @@ class Balance:
     weight_bytes_per_s: float
     apart: bool  # weights and activations come from different memories, so that one does not wait for the other
     launch_s: float  # per operation
+    outputs_per_s: float = inf  # elements that it writes; inf where that is never waited for
+    additions_per_s: float = inf  # elements of two tensors that it adds
 
 
 # Typical for a kind of device, where the profile is silent. A CPU: one core of an AMD EPYC (Zen 4) in ONNX Runtime 1.31
@@ -54,6 +58,8 @@ class Load:
     macs: float  # after rounding, as bytes are
     activation_bytes: float
     weight_bytes: float
+    written: float  # elements, before what is fused behind
+    added: float  # elements of two tensors, behind it
     converted_bytes: float  # whose layout is changed before and after; once, as a neighbour may be beside a cliff too
     penalty: float  # time over that of the usual kernel: more than 1 beside a cliff
 
@@ -77,6 +83,8 @@ def balance(profile: Profile) -> Balance:
         weight_bytes_per_s=far or near or typical.weight_bytes_per_s,
         apart=near is not None and far is not None,
         launch_s=min(launches, default=typical.launch_s),
+        outputs_per_s=(profile.peak.outputs_per_s if profile.peak else None) or inf,
+        additions_per_s=(profile.peak.additions_per_s if profile.peak else None) or inf,
     )
 
 
@@ -120,7 +128,8 @@ class Rules:
         weights = load.weight_bytes / at.weight_bytes_per_s
         moved = max(activations, weights) if at.apart else activations + weights
         converted = load.converted_bytes / at.activation_bytes_per_s
-        return load.penalty * max(load.macs / at.macs_per_s, moved) + converted + at.launch_s
+        busy = max(load.macs / at.macs_per_s, load.written / at.outputs_per_s, moved)
+        return load.penalty * busy + converted + load.added / at.additions_per_s + at.launch_s
 
     def load(self, operation: Operation, inputs: int, outputs: int, *, paid: float | None = None) -> Load:
         """Return what an operation asks of the device; `paid` is the share of a rounding where that is unknown.
@@ -134,11 +143,15 @@ class Rules:
             deep = self._rounded(operation, "in_channels", inputs, paid)
         pairs = wide if operation.grouped else wide * deep
         dtype = self._profile.dtype
+        additions = operation.additions if operation.macs_per_pair else 0
+        elements = operation.moved_per_output * wide / (1 + additions)
         moved = BYTES[dtype.activations] * (operation.read_per_input * deep + operation.moved_per_output * wide)
         return Load(
             macs=operation.macs_per_pair * pairs,
             activation_bytes=moved,
             weight_bytes=BYTES[dtype.weights] * operation.weights_per_pair * pairs,
+            written=elements,
+            added=elements * additions,
             converted_bytes=0.0 if penalty is None else moved,
             penalty=penalty or 1.0,
         )

@@ -116,6 +116,10 @@ class Peak(Cited):
         dict[Annotated[str, Field(pattern=r"^[a-z0-9]+_(dense|sparse)$")], Positive], Field(min_length=1)
     ]
     """Operations per second by `<dtype>_dense` or `<dtype>_sparse`; a sparse peak is never used as a dense one."""
+    outputs_per_s: Positive | None = None
+    """Elements that a layer writes per second at best, for which one of few operations per element waits."""
+    additions_per_s: Positive | None = None
+    """Elements of two tensors that it adds per second at best, where that is an operation of its own."""
     units: Count | None = None
     """Parallel compute units (SMs, cores) that together reach it."""
     condition: Text | None = None
