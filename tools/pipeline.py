@@ -20,7 +20,7 @@ from profiles import Profile, atomic
 from profiles.errors import BuildError, EspalierError, ProfileError
 from tools import report
 from tools.batches import Data
-from tools.calibrate import Bench, bench, calibrate
+from tools.calibrate import Bench, bench, by_compiler, calibrate
 from tools.console import Stage
 from tools.contenders import Contender, built, narrowed, rows, runtimes, timed, uniform
 from tools.outcome import Accuracy, Interval, Outcome, Step, Verdict, WidthRow
@@ -194,6 +194,11 @@ def _judge(out: Path, claims: list[Verdict]) -> None:
 
 
 def _execute(run: Run) -> Outcome:
+    if by_compiler(run.profile):
+        raise EspalierError(
+            f"`espalier run` ends with a measurement, and {run.profile.id} is known by its compiler's estimates only; "
+            "use calibrate, plan --table, train, rebuild and compile, whose artifact carries the estimate"
+        )
     run.stage.say(_why(run.profile))
     dense = run.dense
     plan, table = run.plan(run.table())
