@@ -123,6 +123,7 @@ def find_operations(
 _GROUPS = {(False, False): "", (False, True): "", (True, False): "grouped_", (True, True): "depthwise_"}
 _LAYERS = frozenset([f"conv{n}d" for n in (1, 2, 3)] + [f"conv_transpose{n}d" for n in (1, 2, 3)] + ["linear"])
 _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh"))
+_CELLS = frozenset(("lstm_cell", "gru_cell", "rnn_tanh_cell"))
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ class _Seen:
         """Return a convolution, transposed or not, a linear or a recurrent layer."""
         node, name = self.node, kind(self.node)
         if name in _RECURRENT and isinstance(arg(node, 3, "has_biases"), bool):
-            return self._recurrent()
+            return self._recurrent(arg(node, 2, "params"))
+        if name in _CELLS:
+            return self._recurrent([own for own in node.args[2:] if isinstance(own, Node)])
         if name not in _LAYERS:
             return []
         source, weight = node.args[:2]
@@ -154,15 +157,16 @@ class _Seen:
         counts = {"macs_per_pair": positions * pair, "grouped": groups > 1, "weights_per_pair": pair}
         return [self._made(words, sides, counts, read=_numel(source))]
 
-    def _recurrent(self) -> list[tuple[Operation, int]]:
+    def _recurrent(self, parameters: Any) -> list[tuple[Operation, int]]:
         """Return all layers and directions as one product, from the columns of all matrices to one hidden state."""
-        source, parameters = self.node.args[0], arg(self.node, 2, "params")
+        source: Any = self.node.args[0]
         size, matrices = shape(source), [shape(p) for p in parameters if len(shape(p)) == 2]
         hidden, columns = matrices[1][1], sum(columns for _, columns in matrices)  # the second one is of the state
         gates = matrices[0][0] // hidden
         value: Any = self.state.values.get(self.node)
         last = len(_shape(self.node)) - 1
-        units = next((t.along(last)[:hidden] for t in value[0] if t.axes == (last,)), None) if value else None
+        tracks = value[0] if isinstance(value, list) else value or ()  # an output, or all of them
+        units = next((t.along(last)[:hidden] for t in tracks if t.axes == (last,)), None)
         words = [kind(self.node), f"{len(matrices)}", "@" + "x".join(map(str, size[:-1]))]
         counts = {"macs_per_pair": math.prod(size[:-1]) * gates, "grouped": False, "weights_per_pair": gates}
         operation, moved = self._made(words, ((None, columns), (units, hidden)), counts, read=_numel(source))
