@@ -7,13 +7,12 @@ import torch
 
 from backends.artifact import Accuracy, Parity
 from backends.contract import Array, Session, flattened
-from backends.samples import Inputs, Samples
+from backends.samples import CASES, Inputs, Samples
 from planner.evaluation import evaluating
 from profiles.errors import BuildError
 
 __all__ = ["CASES", "RELATIVE_TOLERANCE", "TOLERANCES", "accuracy_of", "check_parity", "parity_of", "random_cases"]
 
-CASES = 8
 RELATIVE_TOLERANCE = 1e-4
 # The largest relative error of a format that rounds: 32 of its rounding units for fp16 and bf16. int8 is judged
 # on the user's data only, since noise lies outside the ranges that were calibrated, and there against what is no longer
@@ -65,7 +64,7 @@ def random_cases(inputs: Inputs, samples: Samples) -> Iterator[Inputs]:
     """Yield fresh random inputs like the example, of the mean and the deviation of the calibration data if any."""
     generator = torch.Generator().manual_seed(_SEED)
     moments = [_moments([batch[index] for batch in samples.calibration]) for index in range(len(inputs))]
-    for _ in range(CASES):
+    for _ in range(samples.cases):
         yield tuple(_like(example, generator, *pair) for example, pair in zip(inputs, moments, strict=True))
 
 

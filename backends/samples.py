@@ -9,7 +9,9 @@ from torch import Tensor
 
 from profiles.errors import BuildError
 
-__all__ = ["Inputs", "Samples"]
+__all__ = ["CASES", "Inputs", "Samples"]
+
+CASES = 8
 
 Inputs = tuple[Tensor, ...]
 Batches = Iterable[tuple[Tensor | Inputs, Tensor]]
@@ -24,6 +26,7 @@ class Samples:
 
     calibration: tuple[Inputs, ...] = ()
     test: tuple[tuple[Inputs, Tensor], ...] = ()
+    cases: int = CASES  # random inputs on which parity is shown
 
     @classmethod
     def of(

@@ -156,6 +156,15 @@ class Rules:
             penalty=penalty or 1.0,
         )
 
+    def alignment(self, operation: Operation, inputs: int, outputs: int) -> str:
+        """Return of which of the quanta that the profile states the widths are multiples: one "+" or "-" for each."""
+        quanta = [
+            (rule.quantum, n)
+            for axis, n in (("out_channels", outputs), ("in_channels", inputs))
+            for rule in self._rules(operation, axis)
+        ]
+        return "".join("-" if n % quantum else "+" for quantum, n in quanta)
+
     def _rules(self, operation: Operation, axis: str) -> tuple[Granularity, ...]:
         """Return the rules of an axis that have evidence; none for groups, whose own widths are never cut."""
         kind = operation.kind

@@ -39,7 +39,7 @@ from planner.search import candidates
 from profiles import Profile, atomic
 from profiles.errors import BackendUnavailable, EspalierError
 from tools.calibrate import Bench, bench, calibrate, measure_choices
-from tools.console import Phase, Stage
+from tools.console import Stage
 from tools.examples import cifar10, imagenet
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
@@ -54,9 +54,7 @@ LIMITS = {"table": {"mape": 0.05, "worst": 0.15, "tau": 0.95}, "rules": {"tau": 
 NPUS = ("ethos-u55-128.vela.int8", "ethos-u65-512.vela.int8", "ethos-u85-256.vela.int8")
 ESTIMATES = {"table": {"mape": 0.05}, "rules": {"tau": 0.85}}  # of a compiler, which is deterministic
 EAGER = {"table": {"mape": 0.12}}  # PyTorch is noisier by nature
-_TOGETHER = 6  # networks timed in turns with the dense one, and written at once
-_INSTANCES = 2  # of the dense network, beside the one that all are timed with
-_TRIES, _UNREST = 4, 0.08  # networks are timed again while a 95 % interval is wider than this share of its median
+_TOGETHER = 13  # networks timed in turns with the dense one, and written at once
 
 
 @dataclass(frozen=True)
@@ -139,30 +137,11 @@ def measured(case: Case, place: Bench, wanted: Sequence[Choice], *, file: Path |
         probes = []
     with stage.phase(f"measuring {case.network} b{case.batch} in {case.runtime}") as phase:
         while len(probes) < len(wanted):
-            probes += _steady(place, wanted[len(probes) : len(probes) + _TOGETHER], phase)
+            probes += measure_choices(place, wanted[len(probes) : len(probes) + _TOGETHER], progress=phase.step)
             kept[case.key] = [probe.model_dump(mode="json") for probe in probes]
             if file:
                 atomic.write_text(file, json.dumps({**_document(file), "measured": kept}, indent=1) + "\n")
     return probes
-
-
-def _steady(place: Bench, wanted: Sequence[Choice], phase: Phase) -> list[Probe]:
-    """Return one measurement of some networks: again, a few times, while something else disturbs the machine.
-
-    The dense network is compiled again beside them, as no two instances of it run alike; the middle one counts.
-    """
-    tries: list[list[Probe]] = []
-    dense = [place.graph.dense] * _INSTANCES
-    while len(tries) < _TRIES and (not tries or _unrest(tries[-1]) > _UNREST):
-        tries.append(measure_choices(place, [(choice, True) for choice in [*wanted, *dense]], progress=phase.step))
-    best = min(tries, key=_unrest)
-    middle = float(np.median([1.0, *(probe.relative for probe in best[len(wanted) :])]))
-    return [probe.model_copy(update={"relative": probe.relative / middle}) for probe in best[: len(wanted)]]
-
-
-def _unrest(probes: Sequence[Probe]) -> float:
-    """Return the widest confidence interval, relative to its median."""
-    return max((probe.ci95_s[1] - probe.ci95_s[0]) / probe.latency_s for probe in probes)
 
 
 def stored(file: Path | None) -> dict[str, list[object]]:
@@ -236,7 +215,7 @@ def main(
     runtimes: Annotated[str, typer.Option(help="comma-separated")] = ",".join(RUNTIMES),
     batches: Annotated[str, typer.Option(help="comma-separated")] = "1,8",
     configurations: Annotated[int, typer.Option(min=3, help="random networks per network and runtime")] = 25,
-    seconds: Annotated[float, typer.Option(help="of timing per network")] = 0.5,
+    seconds: Annotated[float, typer.Option(help="of timing per network and pass")] = 0.25,
     seed: int = 1,
     file: Annotated[Path | None, typer.Option("--json", help="where measurements and scores are kept")] = None,
 ) -> None:

@@ -9,8 +9,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,25 +20,26 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor, nn
 
-from backends import Candidate, compare, load, ratio
+from backends import Candidate, Measurement, compare, load
 from backends.contract import Runtime
 from backends.rebuild import cut
 from backends.samples import Samples
 from planner.graph import Graph, trace
-from planner.latency import ESTIMATE, Entry, LatencyTable, Probe, fit, keys
+from planner.latency import ESTIMATE, LatencyTable, Probe, cross_validated, fit, keys
 from planner.operations import Choice
 from planner.search import candidates
-from planner.widths import Width
 from profiles import Machine, Profile, atomic
 from profiles.errors import BackendUnavailable, PlanError
+from tools.design import Options, design
 from tools.place import Place, belongs
 
-Options = Mapping[str, Sequence[int]]
 Progress = Callable[[str, int, int], None]
 _TOGETHER = 12  # probes timed in turns with the dense network
-_HELD_OUT = 6
+_DENSE = 2  # instances of the dense network, as all others are relative to it
+_PASSES, _UNREST = 3, 0.03  # timed again, so often, while 95 % intervals are wider than this share of their medians
+_LEAST = 24  # networks, however long they take
+_ENOUGH, _LIMIT_S = 0.02, 120.0  # mean error on networks left out of the fit, and measuring time, that end it
 _LONGER = 4
-_NOISE, _PRIOR = 0.01, 0.3  # relative standard deviations of a probe and of the prior, as planner.latency assumes
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,10 @@ def calibrate(bench: Bench, *, progress: Progress, fresh: bool = False) -> Laten
     if fresh:
         part.unlink(missing_ok=True)
     probes = _stored(part)
-    clock = Countdown(progress, len(probes), len(wanted))
+    clock, started = Countdown(progress, len(probes), len(wanted)), time.monotonic()
     for start in range(len(probes), len(wanted), _TOGETHER):
+        if len(probes) >= _LEAST and (time.monotonic() - started > _LIMIT_S or _enough(bench, probes)):
+            break
         some = wanted[start : start + _TOGETHER]
         probes += measure_choices(bench, some, progress=clock.step, offset=(start, len(wanted)))
         clock.finished(len(probes))
@@ -131,6 +133,11 @@ def calibrate(bench: Bench, *, progress: Progress, fresh: bool = False) -> Laten
     table.save(path)
     part.unlink(missing_ok=True)
     return table
+
+
+def _enough(bench: Bench, probes: Sequence[Probe]) -> bool:
+    errors = cross_validated(bench.graph, bench.profile, _scaled(probes))
+    return float(np.abs(errors).mean()) <= _ENOUGH
 
 
 class Countdown:
@@ -160,9 +167,9 @@ def _spoken(left_s: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def cache_path(bench: Bench, wanted: Sequence[tuple[Choice, bool]]) -> Path:
+def cache_path(bench: Bench, wanted: Sequence[Choice]) -> Path:
     """Return where the table of this bench is kept."""
-    about = [bench.describe(), [(dict(c.keep), sorted(c.removed), held) for c, held in wanted]]
+    about = [bench.describe(), [(dict(c.keep), sorted(c.removed)) for c in wanted]]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:20]
     return user_cache_path("espalier") / "tables" / f"{bench.profile.id}-{digest}.json"
 
@@ -174,54 +181,10 @@ def _stored(part: Path) -> list[Probe]:
         return []
 
 
-def design(graph: Graph, options: Options, *, seed: int = 0) -> list[tuple[Choice, bool]]:
-    """Return the networks to measure, with whether each is held out to judge the fit.
-
-    The dense one; for each kind of width, all its members at each candidate; for each kind of block, all of them gone;
-    and uneven random ones with blocks removed, as plans are.
-    """
-    wanted = [(graph.dense, False)]
-    for names in _kinds(graph, [graph.width[name] for name in options]):
-        for count in options[names[0]]:
-            if count < graph.width[names[0]].size:
-                wanted.append((graph.choice(dict.fromkeys(names, count)), False))
-    for blocks in _block_kinds(graph):
-        wanted.append((graph.choice({}, frozenset(blocks)), False))
-    random = np.random.default_rng(seed)
-    for index in range(max(8, len(wanted) // 3) + _HELD_OUT):
-        keep = {name: int(random.choice(counts)) for name, counts in options.items()}
-        gone = frozenset(b.name for b in graph.blocks if not b.frozen and random.random() < 0.35)
-        wanted.append((graph.choice(keep, gone), index < _HELD_OUT))
-    return wanted
-
-
-def _kinds(graph: Graph, widths: Sequence[Width]) -> list[list[str]]:
-    """Group widths that the same operations make and read."""
-    kinds: dict[object, list[str]] = defaultdict(list)
-    for width in widths:
-        uses = [
-            (o.signature, o.widths(graph.dense), role)
-            for o in graph.operations
-            for role, extent in (("in", o.inputs), ("out", o.outputs))
-            if any(name == width.name for name, _ in extent.parts)
-        ]
-        kinds[width.size, *sorted(uses)].append(width.name)
-    return list(kinds.values())
-
-
-def _block_kinds(graph: Graph) -> list[list[str]]:
-    kinds: dict[object, list[str]] = defaultdict(list)
-    for block in graph.blocks:
-        if not block.frozen:
-            inside = sorted((o.signature, o.widths(graph.dense)) for o in graph.operations if block.name in o.blocks)
-            kinds[block.repeats_relu, *inside].append(block.name)
-    return list(kinds.values())
-
-
 def measure_choices(
-    bench: Bench, wanted: Sequence[tuple[Choice, bool]], *, progress: Progress, offset: tuple[int, int] = (0, 0)
+    bench: Bench, wanted: Sequence[Choice], *, progress: Progress, offset: tuple[int, int] = (0, 0)
 ) -> list[Probe]:
-    """Build and time networks, in turns with the dense one; latencies are scaled to the dense one of the first call.
+    """Build and time networks, in turns with the dense one; longer while something else disturbs the machine.
 
     Of an NPU that is not here, they are its compiler's estimates.
     """
@@ -231,31 +194,53 @@ def measure_choices(
         return estimates.estimated_choices(bench, wanted, progress=progress)
     done, total = offset if offset[1] else (0, len(wanted))
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
-        timed = [_candidate(bench, bench.graph.dense, Path(folder), "dense")]
-        for index, (choice, _) in enumerate(wanted):
-            timed.append(_candidate(bench, choice, Path(folder), str(index)))
+        timed = _opened(bench, bench.graph.dense, Path(folder) / "dense", times=_DENSE)
+        for index, choice in enumerate(wanted):
+            timed += _opened(bench, choice, Path(folder) / str(index))
             progress("building", done + index + 1, total)
         shown = lambda n, m: progress("timing", done + len(wanted) * n // m, total)  # noqa: E731
-        rows = compare(timed, seconds=bench.seconds, seed=done, progress=shown)
-    return [
-        Probe(
-            keep=dict(choice.keep),
-            removed=tuple(sorted(choice.removed)),
-            latency_s=row.latency_s.p50,
-            relative=ratio(row, rows[0]).value,
-            ci95_s=row.latency_s.ci95,
-            runs=row.runs,
-            held_out=held_out,
-        )
-        for (choice, held_out), row in zip(wanted, rows[1:], strict=True)
-    ]
+        rows: list[list[Measurement]] = []
+        while len(rows) < _PASSES and not (rows and calm(rows)):
+            rows.append(compare(timed, seconds=bench.seconds, seed=done + len(rows), progress=shown))
+    rounds = [[s for row in each for s in row.round_medians_s] for each in zip(*rows, strict=True)]
+    dense_s = mean(_undisturbed(own)[0] for own in rounds[:_DENSE])
+    runs = [sum(row.runs for row in each) for each in zip(*rows, strict=True)]
+    each = zip(wanted, rounds[_DENSE:], runs[_DENSE:], strict=True)
+    return [_probe(choice, own, count, dense_s) for choice, own, count in each]
 
 
-def _candidate(bench: Bench, choice: Choice, folder: Path, label: str) -> Candidate:
-    small, path = network(bench.model, bench.graph, choice), folder / f"{label}{bench.runtime.SUFFIX}"
+def calm(rows: Sequence[Sequence[Measurement]]) -> bool:
+    """Return whether the medians of the last pass are sure enough, on average."""
+    return mean((m.latency_s.ci95[1] - m.latency_s.ci95[0]) / m.latency_s.p50 for m in rows[-1]) < _UNREST
+
+
+def _undisturbed(rounds_s: Sequence[float]) -> tuple[float, float, float]:
+    """Return the lower quartile of the rounds, as what disturbs a machine only adds, with its 95 % interval."""
+    drawn = np.random.default_rng(0).choice(rounds_s, (200, len(rounds_s)))
+    low, high = np.quantile(np.quantile(drawn, 0.25, axis=1), (0.025, 0.975))
+    return float(np.quantile(rounds_s, 0.25)), float(low), float(high)
+
+
+def _probe(choice: Choice, rounds_s: Sequence[float], runs: int, dense_s: float) -> Probe:
+    latency_s, low, high = _undisturbed(rounds_s)
+    return Probe(
+        keep=dict(choice.keep),
+        removed=tuple(sorted(choice.removed)),
+        latency_s=latency_s,
+        relative=latency_s / dense_s,
+        ci95_s=(low, high),
+        runs=runs,
+    )
+
+
+def _opened(bench: Bench, choice: Choice, stem: Path, *, times: int = 1) -> list[Candidate]:
+    small, path = network(bench.model, bench.graph, choice), stem.with_suffix(bench.runtime.SUFFIX)
     samples = random_samples(bench.inputs, bench.profile)
     artifact = bench.runtime.build(small, bench.inputs, bench.profile, path, threads=bench.threads, samples=samples)
-    return Candidate.of(bench.runtime, artifact, bench.inputs, label=label, model=small)
+    return [
+        Candidate.of(bench.runtime, artifact, bench.inputs, label=f"{stem.name}, {n}", model=small)
+        for n in range(times)
+    ]
 
 
 def network(model: nn.Module, graph: Graph, choice: Choice) -> nn.Module:
@@ -266,9 +251,12 @@ def network(model: nn.Module, graph: Graph, choice: Choice) -> nn.Module:
 
 
 def random_samples(inputs: tuple[Tensor, ...], profile: Profile) -> Samples:
-    """Return inputs to quantise with where the profile wants integers: latency does not depend on their values."""
+    """Return inputs to quantise with where the profile wants integers: latency does not depend on their values.
+
+    Parity is shown on one input, as nobody will use these networks.
+    """
     if not profile.dtype.weights.startswith("int"):
-        return Samples()
+        return Samples(cases=1)
     generator = torch.Generator().manual_seed(0)
     return Samples(
         calibration=tuple(
@@ -276,7 +264,8 @@ def random_samples(inputs: tuple[Tensor, ...], profile: Profile) -> Samples:
                 torch.randn(x.shape, generator=generator, dtype=x.dtype) if x.is_floating_point() else x for x in inputs
             )
             for _ in range(4)
-        )
+        ),
+        cases=1,
     )
 
 
@@ -288,54 +277,23 @@ def fitted(bench: Bench, probes: Sequence[Probe], options: Options, *, place: Pl
 def fitted_at(
     place: Place, probes: Sequence[Probe], options: Options, *, graph: Graph, profile: Profile
 ) -> LatencyTable:
-    """Fit a table to probes: judged on those held out, then fitted to all."""
-    wanted = keys(graph, options)
-    anchor = float(np.median([probe.latency_s / probe.relative for probe in probes]))
-    scaled = [probe.model_copy(update={"latency_s": probe.relative * anchor}) for probe in probes]
-
-    def table(rows: Sequence[Probe], errors: Sequence[float]) -> LatencyTable:
-        overhead_s, entries = fit(graph, profile, wanted, rows)
-        return LatencyTable(
-            profile=profile.id,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            fingerprint=graph.fingerprint,
-            overhead_s=overhead_s,
-            entries=_rested(graph, entries, rows),
-            probes=tuple(probes),
-            mean_error=mean(map(abs, errors)) if errors else 0.0,
-            max_error=max(map(abs, errors), default=0.0),
-            held_out_errors=tuple(errors),
-            **place.model_dump(),
-        )
-
-    first = table([probe for probe in scaled if not probe.held_out], [])
-    judged = [probe for probe in scaled if probe.held_out]
-    errors = [first.latency(graph, p.choice) / p.latency_s - 1 for p in judged]
-    return table(scaled, errors)
-
-
-def _rested(graph: Graph, entries: Sequence[Entry], probes: Sequence[Probe]) -> tuple[Entry, ...]:
-    """Return the entries with what each rests on: the timed runs, and its standard error in the fit.
-
-    The error is that of the linear model at its solution: the inverse of N' N + P, with N the count of each entry in
-    each probe over that probe's noise, and P the inverse variance of the prior.
-    """
-    place = {(e.operation, e.inputs, e.outputs): index for index, e in enumerate(entries)}
-    counts = np.zeros((len(probes), len(entries)))
-    for row, probe in zip(counts, probes, strict=True):
-        for operation in graph.operations:
-            if operation.present(probe.choice):
-                row[place[operation.signature, *operation.widths(probe.choice)]] += 1
-    scaled = counts / (_NOISE * np.array([probe.latency_s for probe in probes]))[:, None]
-    costs = np.array([max(entry.latency_s, 1e-9) for entry in entries])
-    # Solved for cost / latency, whose scale is 1.
-    precision = (scaled * costs).T @ (scaled * costs) + np.eye(len(entries)) / _PRIOR**2
-    spread_s = (np.sqrt(np.diag(np.linalg.inv(precision))) * costs).tolist()
-    runs = ((counts > 0).T @ np.array([probe.runs for probe in probes])).tolist()
-    return tuple(
-        entry.model_copy(update={"runs": int(n), "spread_s": float(s)})
-        for entry, n, s in zip(entries, runs, spread_s, strict=True)
+    """Fit a table to probes: judged by cross-validation, then fitted to all."""
+    scaled = _scaled(probes)
+    return LatencyTable(
+        profile=profile.id,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=graph.fingerprint,
+        probes=tuple(probes),
+        errors=cross_validated(graph, profile, scaled),
+        **fit(graph, profile, keys(graph, options), scaled).model_dump(),
+        **place.model_dump(),
     )
+
+
+def _scaled(probes: Sequence[Probe]) -> list[Probe]:
+    """Return the probes as if the dense network had taken the same time beside all of them."""
+    anchor = float(np.median([probe.latency_s / probe.relative for probe in probes]))
+    return [probe.model_copy(update={"latency_s": probe.relative * anchor}) for probe in probes]
 
 
 def refined(bench: Bench, table: LatencyTable, choice: Choice, *, progress: Progress) -> tuple[LatencyTable, float]:
@@ -346,7 +304,7 @@ def refined(bench: Bench, table: LatencyTable, choice: Choice, *, progress: Prog
         return estimates.refined(bench, table, choice)
     full = bench.graph.choice(choice.keep, choice.removed)
     longer = replace(bench, seconds=_LONGER * bench.seconds)  # one network decides more here than one of many
-    (probe,) = measure_choices(longer, [(full, False)], progress=progress)
+    (probe,) = measure_choices(longer, [full], progress=progress)
     dense_s = table.latency(bench.graph, bench.graph.dense)
     error = table.latency(bench.graph, full) / (probe.relative * dense_s) - 1
     place = Place.model_validate({name: getattr(table, name) for name in Place.model_fields})

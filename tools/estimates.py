@@ -27,7 +27,7 @@ from backends.ethos_u import Compiled, compiler, dialect, estimated
 from backends.executorch import NAME, Options, options_for, version
 from backends.tosa import TosaProgram
 from planner.graph import Graph
-from planner.latency import ESTIMATE, Entry, Key, LatencyTable, Probe
+from planner.latency import ESTIMATE, Entry, Key, LatencyTable, Probe, rates_of
 from planner.operations import Choice, Operation
 from planner.search import candidates
 from profiles import Profile, atomic
@@ -153,12 +153,12 @@ def tabled(bench: Bench, *, progress: Progress, fresh: bool = False) -> LatencyT
     return table
 
 
-def estimated_choices(bench: Bench, wanted: Sequence[tuple[Choice, bool]], *, progress: Progress) -> list[Probe]:
+def estimated_choices(bench: Bench, wanted: Sequence[Choice], *, progress: Progress) -> list[Probe]:
     """Return the compiler's estimate of each network."""
     estimator, probes = Estimator.of(bench), []
     dense_s = estimator(bench.graph.dense).latency_s
-    for row in wanted:
-        probe = _probe(row, estimator(row[0]))
+    for choice in wanted:
+        probe = _probe(choice, estimator(choice))
         probes.append(probe.model_copy(update={"relative": probe.latency_s / dense_s}))
         progress("compiling", len(probes), len(wanted))
     return probes
@@ -172,7 +172,7 @@ def refined(bench: Bench, table: LatencyTable, choice: Choice) -> tuple[LatencyT
     taken = _gathered([found])
     kept = [e for e in table.entries if (e.operation, e.inputs, e.outputs) not in taken]
     entries = (*kept, *(_entry(key, seconds) for key, seconds in taken.items()))
-    return table.model_copy(update={"entries": entries, "probes": (*table.probes, _probe((full, False), found))}), error
+    return table.model_copy(update={"entries": entries, "probes": (*table.probes, _probe(full, found))}), error
 
 
 def _gathered(found: Sequence[Estimated]) -> dict[Key, list[float]]:
@@ -220,7 +220,7 @@ def _table(bench: Bench, wanted: Sequence[tuple[Choice, bool]], found: Sequence[
     between = {o.signature: o for o in bench.graph.operations if not o.macs_per_pair}
     nothing = [(name, *o.widths(bench.graph.dense)) for name, o in between.items()]  # counted with the layer before it
     entries = [_entry(key, seconds) for key, seconds in taken.items()] + [_entry(key, [0.0]) for key in nothing]
-    probes = tuple(_probe(row, each) for row, each in zip(wanted, found, strict=True))
+    probes = tuple(_probe(choice, each) for (choice, _), each in zip(wanted, found, strict=True))
     table = LatencyTable(
         profile=bench.profile.id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -228,13 +228,12 @@ def _table(bench: Bench, wanted: Sequence[tuple[Choice, bool]], found: Sequence[
         overhead_s=0.0,
         entries=tuple(entries),
         probes=probes,
-        mean_error=0.0,
-        max_error=0.0,
+        rates=rates_of(bench.graph, bench.profile, {key: mean(seconds) for key, seconds in taken.items()}),
         **place(bench.profile, batch=bench.batch).model_dump(),
     )
-    errors = tuple(table.latency(bench.graph, p.choice) / p.latency_s - 1 for p in probes if p.held_out)
-    sizes = [abs(error) for error in errors]
-    return table.model_copy(update={"held_out_errors": errors, "mean_error": mean(sizes), "max_error": max(sizes)})
+    judged = [probe for (_, judges), probe in zip(wanted, probes, strict=True) if judges]
+    errors = tuple(table.latency(bench.graph, p.choice) / p.latency_s - 1 for p in judged)
+    return table.model_copy(update={"errors": errors})
 
 
 def place(profile: Profile, *, batch: int) -> Place:
@@ -281,8 +280,7 @@ def _entry(key: Key, seconds: Sequence[float]) -> Entry:
     )
 
 
-def _probe(wanted: tuple[Choice, bool], found: Estimated) -> Probe:
-    choice, judges = wanted
+def _probe(choice: Choice, found: Estimated) -> Probe:
     return Probe(
         keep=dict(choice.keep),
         removed=tuple(sorted(choice.removed)),
@@ -290,5 +288,4 @@ def _probe(wanted: tuple[Choice, bool], found: Estimated) -> Probe:
         relative=1.0,
         ci95_s=(found.latency_s, found.latency_s),
         runs=1,
-        held_out=judges,
     )

@@ -23,7 +23,8 @@ from planner.latency import LatencyTable, Probe
 from planner.operations import Choice
 from planner.search import candidates
 from profiles import BackendUnavailable, PlanError, Profile, atomic, load
-from tools.calibrate import Progress, batch_of, design, fitted_at, network, random_samples
+from tools.calibrate import Progress, batch_of, fitted_at, network, random_samples
+from tools.design import design
 from tools.place import Place
 
 MANIFEST, RUNNER, RESULTS = "manifest.json", "run.py", "results.json"
@@ -52,7 +53,6 @@ class KitModel(_Part):
     sha256: Digest
     keep: dict[str, int]
     removed: tuple[str, ...]
-    held_out: bool
     words: dict[str, int]  # what a command of the tool says of it: runs
 
 
@@ -128,12 +128,12 @@ def write_kit(
     graph = trace(model, inputs)
     networks = design(graph, candidates(graph, profile))
     models = []
-    for index, (choice, held_out) in enumerate(networks):
+    for index, choice in enumerate(networks):
         file = f"models/{index:03d}{'.pte' if profile.runtime.name == 'executorch' else '.onnx'}"
         small, path = network(model, graph, choice), folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(small, inputs, profile, path, wanted)
-        models.append(_described(graph, choice, file, path, held_out))
+        models.append(_described(graph, choice, file, path))
         progress("writing", index + 1, len(networks))
     manifest = Manifest(
         profile=profile.id,
@@ -160,13 +160,12 @@ def _number(profile: Profile) -> str:
     return number(profile, runtime=name, can=_CAN[name])
 
 
-def _described(graph: Graph, choice: Choice, file: str, path: Path, held_out: bool) -> KitModel:
+def _described(graph: Graph, choice: Choice, file: str, path: Path) -> KitModel:
     return KitModel(
         file=file,
         sha256=sha256_of(path.read_bytes()),
         keep=dict(choice.keep),
         removed=tuple(sorted(choice.removed)),
-        held_out=held_out,
         words={"runs": int(min(500, max(10, 0.3 * _MACS_PER_S / max(1, graph.macs(choice)))))},
     )
 
@@ -322,7 +321,6 @@ def _probe(model: KitModel, measured: Measured) -> Probe:
         relative=measured.relative,
         ci95_s=measured.ci95_s,
         runs=measured.runs,
-        held_out=model.held_out,
     )
 
 

@@ -393,4 +393,4 @@ def table_of(graph: Graph, cost: Mapping[tuple[str, int, int], float], **about: 
     )
     content = {"profile": "any.pytorch.fp32", "runtime": "pytorch", "runtime_version": "1", "device": "test"}
     content |= {"threads": 1, "created": "today", "fingerprint": graph.fingerprint, "overhead_s": 1e-5}
-    return LatencyTable(**{**content, "entries": entries, "probes": (), "mean_error": 0, "max_error": 0, **about})
+    return LatencyTable(**{**content, "entries": entries, "probes": (), "rates": {}, **about})

@@ -36,11 +36,9 @@ def true_s(graph: Graph, choice: Choice) -> float:
 
 @dataclass
 class Device:
-    """Stands for the machine: what it was asked to measure, and how much its medians scatter."""
+    """Stands for the machine: what it was asked to measure."""
 
     asked: list[int] = field(default_factory=list)
-    unrest: list[float] = field(default_factory=list)
-    instances: list[float] = field(default_factory=list)  # how slow further instances of the dense network are
 
     def calibrate(self, place: Bench, *, progress: object) -> LatencyTable:
         """Return a table of what the rules say."""
@@ -49,21 +47,17 @@ class Device:
         cost = {key: 1.1 * rules.cost(operation[key[0]], key[1], key[2]) for key in wanted}
         return table_of(place.graph, cost, profile=PROFILE.id, overhead_s=1e-6)
 
-    def measure_choices(self, place: Bench, wanted: Sequence[tuple[Choice, bool]], *, progress: object) -> list[Probe]:
+    def measure_choices(self, place: Bench, wanted: Sequence[Choice], *, progress: object) -> list[Probe]:
         """Return exact latencies."""
         self.asked.append(len(wanted))
-        width = self.unrest.pop(0) if self.unrest else 0.01
         dense_s = true_s(place.graph, place.graph.dense)
-        slow = [
-            self.instances.pop(0) if self.instances and choice == place.graph.dense else 1.0 for choice, _ in wanted
-        ]
         return [
             Probe(
                 keep=dict(choice.keep), removed=tuple(sorted(choice.removed)), latency_s=true_s(place.graph, choice),
-                relative=slowness * true_s(place.graph, choice) / dense_s,
-                ci95_s=(0.0, width * true_s(place.graph, choice)), runs=len(self.asked), held_out=held_out,
+                relative=true_s(place.graph, choice) / dense_s,
+                ci95_s=(true_s(place.graph, choice),) * 2, runs=len(self.asked),
             )
-            for (choice, held_out), slowness in zip(wanted, slow, strict=True)
+            for choice in wanted
         ]  # fmt: skip
 
 
@@ -158,32 +152,11 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(device: Device, tmp_pat
     file = tmp_path / "scores.json"
     run(file, configurations=6)
     run(file, configurations=8)
-    assert device.asked == [6 + 2, 2 + 2]  # two more of the dense network each time
+    assert device.asked == [6, 2]
     run(file, configurations=8)
-    assert device.asked == [8, 4]
+    assert device.asked == [6, 2]
     run(file, configurations=8, seed=2)
-    assert device.asked == [8, 4, 8, 4]
-
-
-def test_what_was_disturbed_is_measured_again_and_the_calmest_try_counts(device: Device, tmp_path: Path) -> None:
-    file = tmp_path / "scores.json"
-    device.unrest = [0.5, 0.3, 0.6, 0.4]
-    run(file, configurations=6)
-    assert device.asked == [8] * 4
-    (probes,) = json.loads(file.read_text())["measured"].values()
-    assert {probe["runs"] for probe in probes} == {2}
-
-
-@pytest.mark.parametrize(("instances", "factor"), [([], 1.0), ([1.2, 0.9], 1.0), ([1.2, 1.1], 1.1), ([0.8, 0.9], 0.9)])
-def test_the_middle_instance_of_the_dense_network_counts(
-    device: Device, tmp_path: Path, instances: list[float], factor: float
-) -> None:
-    device.instances = instances
-    run(tmp_path / "scores.json", configurations=3)
-    (probes,) = json.loads((tmp_path / "scores.json").read_text())["measured"].values()
-    choice = bench.configurations(small(), PROFILE, 3, seed=1)[0]
-    expected = true_s(small(), choice) / true_s(small(), small().dense)
-    assert probes[0]["relative"] == pytest.approx(expected / factor)
+    assert device.asked == [6, 2, 8]
 
 
 @pytest.mark.parametrize(("content", "said"), [("[]", "holds no measurements"), ("{", "is not JSON")])

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +37,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
 
 def test_a_table_says_where_it_was_measured_and_what_each_entry_rests_on(table: LatencyTable) -> None:
     here = a_bench().place()
-    assert table.schema_version == 1
+    assert table.schema_version == 2
     for name in ("device", "device_model", "runtime", "runtime_version", "driver_version", "threads", "batch"):
         assert getattr(table, name) == getattr(here, name), name
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -46,18 +47,17 @@ def test_a_table_says_where_it_was_measured_and_what_each_entry_rests_on(table: 
         assert (entry.runs > 0) == (entry.probes > 0)
         assert entry.runs <= total
         assert entry.spread_s is not None
-        assert 0 < entry.spread_s <= 0.3 * max(entry.latency_s, 1e-9) * 1.0001  # never above the prior's
+        assert entry.spread_s > 0
     assert json.loads(table.model_dump_json())["governor"] == table.governor
 
 
-def test_what_no_network_holds_is_as_uncertain_as_the_prior(table: LatencyTable) -> None:
+def test_what_fewer_networks_hold_is_less_certain(table: LatencyTable) -> None:
     one = a_bench()
     few = calibration.fitted(one, table.probes[:4], candidates(one.graph, one.profile))
-    costly = [entry for entry in few.entries if entry.latency_s > 1e-8]
-    unseen = [entry.spread_s / entry.latency_s for entry in costly if entry.spread_s and not entry.probes]
-    seen = [entry.spread_s / entry.latency_s for entry in costly if entry.spread_s and entry.probes]
-    assert unseen == [pytest.approx(0.3, rel=1e-6)] * len(unseen) != []
-    assert max(seen) < 0.3
+    assert few.errors == ()  # too few to leave some out
+    spread = {(e.operation, e.inputs, e.outputs): e.spread_s / e.latency_s for e in table.entries if e.spread_s}
+    wider = [e.spread_s / e.latency_s / spread[e.operation, e.inputs, e.outputs] for e in few.entries if e.spread_s]
+    assert np.median(wider) > 1
 
 
 def test_a_table_belongs_where_it_was_measured(table: LatencyTable) -> None:

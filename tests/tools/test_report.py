@@ -104,8 +104,8 @@ def latency_table() -> LatencyTable:
         overhead_s=0.0,
         entries=entries,
         probes=(),
-        mean_error=0.0312,
-        max_error=0.0845,
+        rates={},
+        errors=(0.0312, -0.0845),
     )
 
 

@@ -1,0 +1,34 @@
+"""Which networks calibration measures: random ones, as uneven as plans are, on the profile's grid and off it."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from planner.graph import Graph
+from planner.operations import Choice
+
+Options = Mapping[str, Sequence[int]]
+_NETWORKS = 80  # at most; any first part of them is a design too
+_NARROWEST = 0.03  # share of a width
+
+
+def design(graph: Graph, options: Options, *, seed: int = 0) -> list[Choice]:
+    """Return the networks to measure, in order.
+
+    The dense one comes first. Of the others a third has widths on the grid, a third any widths, a third some of both;
+    half of them lack blocks. Widths are drawn one by one, so that what operations cost can be told apart.
+    """
+    random, wanted = np.random.default_rng(seed), [graph.dense]
+    blocks = [block.name for block in graph.blocks if not block.frozen]
+    for index in range(_NETWORKS):
+        on_grid = (1.0, 0.0, 0.5)[index % 3]
+        whole = random.uniform(0, 0.5)
+        keep = {}
+        for name, counts in options.items():
+            size = graph.width[name].size
+            some = size if random.random() < whole else max(1, round(size * random.uniform(_NARROWEST, 1)))
+            keep[name] = min(counts, key=lambda kept: abs(kept - some)) if random.random() < on_grid else some
+        share = random.uniform(0.1, 0.6) if index % 2 else 0.0
+        gone = frozenset(name for name in blocks if random.random() < share)
+        wanted.append(graph.choice(keep, gone))
+    return wanted
