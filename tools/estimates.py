@@ -132,7 +132,7 @@ def tabled(bench: Bench, *, progress: Progress, fresh: bool = False) -> LatencyT
     """
     options = candidates(bench.graph, bench.profile)
     wanted = design(bench.graph, options)
-    path = cache_path(bench, wanted)
+    path = cache_path(bench, [choice for choice, _ in wanted])
     if path.exists() and not fresh:
         return LatencyTable.load(path)
     part = path.with_suffix(".part.json")

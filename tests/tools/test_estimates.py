@@ -77,7 +77,7 @@ def test_a_table_holds_what_the_compiler_says_and_says_so(place: Bench) -> None:
     dense = place.graph.dense
     assert table.latency(place.graph, dense) == pytest.approx(Compiler(place.graph)(dense).latency_s)  # type: ignore[attr-defined]
     assert table.mean_error < 0.02  # the stand-in is the rules, by which the table fills its gaps
-    assert table.mean_error == pytest.approx(sum(map(abs, table.held_out_errors)) / len(table.held_out_errors))
+    assert table.mean_error == pytest.approx(sum(map(abs, table.errors)) / len(table.errors))
 
 
 def test_every_candidate_of_a_width_is_compiled(place: Bench) -> None:
@@ -101,9 +101,8 @@ def test_an_interrupted_calibration_goes_on_where_it_was(place: Bench) -> None:
 
 
 def test_choices_are_estimated_relative_to_the_dense_network(place: Bench) -> None:
-    (probe,) = measure_choices(place, [(place.graph.dense, True)], progress=quiet)
+    (probe,) = measure_choices(place, [place.graph.dense], progress=quiet)
     assert probe.relative == 1.0
-    assert probe.held_out
 
 
 def test_a_plan_from_estimates_names_them_as_its_basis(place: Bench) -> None:
