@@ -186,12 +186,13 @@ def run(case: Case, profile: Profile, *, count: int, seconds: float, file: Path 
 def _cases(networks: str, runtimes: str, batches: str, seed: int, stage: Stage) -> list[tuple[Case, Profile]]:
     found = []
     for runtime in runtimes.replace("vela", ",".join(NPUS)).split(","):
-        profile = profiles.load(runtime) if runtime in NPUS else profile_for(runtime)
+        npu = profiles.load(runtime) if runtime in NPUS else None
         try:
-            version = backends.load(profile.runtime.name if profile else runtime).version()
+            version = backends.load(npu.runtime.name if npu else runtime).version()
         except BackendUnavailable as error:
             stage.say(f"{runtime} is left out: {error}")
             continue
+        profile = npu or profile_for(runtime)
         if profile is None:
             stage.say(f"{runtime} is left out: no fp32 profile of it fits this machine")
             continue

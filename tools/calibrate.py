@@ -36,9 +36,9 @@ from tools.place import Place, belongs
 Progress = Callable[[str, int, int], None]
 _TOGETHER = 12  # probes timed in turns with the dense network
 _DENSE = 2  # instances of the dense network, as all others are relative to it
-_PASSES, _UNREST = 3, 0.03  # timed again, so often, while 95 % intervals are wider than this share of their medians
-_LEAST = 24  # networks, however long they take
-_ENOUGH, _LIMIT_S = 0.02, 120.0  # mean error on networks left out of the fit, and measuring time, that end it
+_UNREST, _TIMED_S = 0.03, 15.0  # timed again while 95 % intervals are wider than this share, for no longer
+_LIMIT_S = 160.0  # no networks are begun that would take longer in all
+_ENOUGH, _LEAST = 0.02, 24  # mean error on networks left out of the fit, and how many it takes to trust that
 _LONGER = 4
 
 
@@ -121,12 +121,13 @@ def calibrate(bench: Bench, *, progress: Progress, fresh: bool = False) -> Laten
     if fresh:
         part.unlink(missing_ok=True)
     probes = _stored(part)
-    clock, started = Countdown(progress, len(probes), len(wanted)), time.monotonic()
+    clock, started, taken_s = Countdown(progress, len(probes), len(wanted)), time.monotonic(), 0.0
     for start in range(len(probes), len(wanted), _TOGETHER):
-        if len(probes) >= _LEAST and (time.monotonic() - started > _LIMIT_S or _enough(bench, probes)):
+        if time.monotonic() - started + taken_s > _LIMIT_S or _enough(bench, probes):
             break
-        some = wanted[start : start + _TOGETHER]
+        begun, some = time.monotonic(), wanted[start : start + _TOGETHER]
         probes += measure_choices(bench, some, progress=clock.step, offset=(start, len(wanted)))
+        taken_s = time.monotonic() - begun
         clock.finished(len(probes))
         atomic.write_text(part, json.dumps([probe.model_dump(mode="json") for probe in probes]))
     table = fitted(bench, probes, options, place=place)
@@ -136,6 +137,8 @@ def calibrate(bench: Bench, *, progress: Progress, fresh: bool = False) -> Laten
 
 
 def _enough(bench: Bench, probes: Sequence[Probe]) -> bool:
+    if len(probes) < _LEAST:
+        return False
     errors = cross_validated(bench.graph, bench.profile, _scaled(probes))
     return float(np.abs(errors).mean()) <= _ENOUGH
 
@@ -200,7 +203,8 @@ def measure_choices(
             progress("building", done + index + 1, total)
         shown = lambda n, m: progress("timing", done + len(wanted) * n // m, total)  # noqa: E731
         rows: list[list[Measurement]] = []
-        while len(rows) < _PASSES and not (rows and calm(rows)):
+        started = time.monotonic()
+        while not rows or (time.monotonic() - started < _TIMED_S and not _calm(rows[-1])):
             rows.append(compare(timed, seconds=bench.seconds, seed=done + len(rows), progress=shown))
     rounds = [[s for row in each for s in row.round_medians_s] for each in zip(*rows, strict=True)]
     dense_s = mean(_undisturbed(own)[0] for own in rounds[:_DENSE])
@@ -209,9 +213,8 @@ def measure_choices(
     return [_probe(choice, own, count, dense_s) for choice, own, count in each]
 
 
-def calm(rows: Sequence[Sequence[Measurement]]) -> bool:
-    """Return whether the medians of the last pass are sure enough, on average."""
-    return mean((m.latency_s.ci95[1] - m.latency_s.ci95[0]) / m.latency_s.p50 for m in rows[-1]) < _UNREST
+def _calm(rows: Sequence[Measurement]) -> bool:
+    return mean((row.latency_s.ci95[1] - row.latency_s.ci95[0]) / row.latency_s.p50 for row in rows) < _UNREST
 
 
 def _undisturbed(rounds_s: Sequence[float]) -> tuple[float, float, float]:

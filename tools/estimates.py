@@ -172,7 +172,9 @@ def refined(bench: Bench, table: LatencyTable, choice: Choice) -> tuple[LatencyT
     taken = _gathered([found])
     kept = [e for e in table.entries if (e.operation, e.inputs, e.outputs) not in taken]
     entries = (*kept, *(_entry(key, seconds) for key, seconds in taken.items()))
-    return table.model_copy(update={"entries": entries, "probes": (*table.probes, _probe(full, found))}), error
+    probes = (*table.probes, _probe(full, found))
+    # Not model_copy, which takes along the costs that the old table has looked up.
+    return LatencyTable.model_validate({**dict(table), "entries": entries, "probes": probes}), error
 
 
 def _gathered(found: Sequence[Estimated]) -> dict[Key, list[float]]:

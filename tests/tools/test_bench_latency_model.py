@@ -43,7 +43,7 @@ class Device:
     def calibrate(self, place: Bench, *, progress: object) -> LatencyTable:
         """Return a table of what the rules say."""
         rules, operation = Rules(PROFILE), {o.signature: o for o in place.graph.operations}
-        wanted = keys(place.graph, candidates(place.graph, PROFILE))
+        wanted = keys(place.graph, {name: range(1, w.size + 1) for name, w in place.graph.width.items()})
         cost = {key: 1.1 * rules.cost(operation[key[0]], key[1], key[2]) for key in wanted}
         return table_of(place.graph, cost, profile=PROFILE.id, overhead_s=1e-6)
 

@@ -140,7 +140,8 @@ def test_the_time_left_is_told_once_it_is_known() -> None:
 def test_progress_counts_networks_and_never_passes_the_end() -> None:
     seen: list[tuple[str, int, int]] = []
     found = calibrate(a_bench(), progress=lambda what, done, total: seen.append((what, done, total)))
-    assert {total for _, _, total in seen} == {len(found.probes)}
+    (total,) = {total for _, _, total in seen}
+    assert total >= len(found.probes)  # it ends early once networks that were left out are predicted well
     assert max(done for _, done, _ in seen) == len(found.probes)
     assert any("left" in what for what, _, _ in seen)
 
