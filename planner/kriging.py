@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,16 +77,25 @@ class Prior:
     rates: Mapping[str, float]
 
     @cached_property
-    def _place(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.rates)}
+    def _known(self) -> dict[str, tuple[int, float]]:
+        return {name: (column, rate) for column, (name, rate) in enumerate(self.rates.items())}
+
+    def _rate(self, name: str) -> tuple[int, float]:
+        """Return the column and the rate of a feature; of a class that was never met, those of the other classes."""
+        if name not in self._known:
+            stem = name.rpartition(" ")[0]
+            like = [at for other, at in self._known.items() if other.rpartition(" ")[0] == stem]
+            like = like or [at for other, at in self._known.items() if other == "bytes" == name[:5]]
+            self._known[name] = (like[0][0], fmean(rate for _, rate in like)) if like else (0, 0.0)
+        return self._known[name]
 
     def parts(self, operation: Operation, widths: Widths) -> Vector:
-        """Return r_f x_f for each pair of widths and feature; features without a rate cost nothing."""
+        """Return r_f x_f for each pair of widths and feature."""
         found = np.zeros((len(widths), len(self.rates)))
         for row, pair in zip(found, widths, strict=True):
             for name, seconds in self.features.of(operation, *pair).items():
-                if name in self._place:
-                    row[self._place[name]] = seconds * self.rates[name]
+                column, rate = self._rate(name)
+                row[column] += seconds * rate
         return found
 
     def mean(self, operation: Operation, widths: Widths) -> Vector:
@@ -143,7 +153,8 @@ def regress(
     names = list(dict.fromkeys([*(key for count in seen.counts for key in count), *wanted]))
     matrix = np.array([[count[key] for key in names] for count in seen.counts], float)
     times = seen.times_s
-    overhead_s, prior = _rates(features, operations, names, matrix, seen)
+    held = int(np.count_nonzero(matrix.any(0)))  # these come first
+    overhead_s, prior = _rates(features, operations, names[:held], matrix[:, :held], seen)
     scaled = matrix / times[:, None]
     groups = list(_groups(names, operations))
     mean = np.concatenate([prior.mean(operation, at) for operation, _, at in groups])

@@ -1,7 +1,7 @@
 """Latency tables are fitted well, and one that lacks an entry or belongs to something else is refused."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from planner.roofline import EXPECTED_ERROR
 from planner.search import candidates
 from profiles import Profile
 from profiles.errors import PlanError
+from tools.examples import cifar10, imagenet
 from tools.examples.resnet import ResNet
 
 from . import nets
@@ -148,6 +149,25 @@ def test_what_calibration_did_not_measure_is_predicted_beside_the_grid(
     table = table_of(graph, {}, **dict(fit(graph, profile, keys(graph, options), probes)), profile=ORT)
     errors = [abs(table.latency(graph, c) / true_s(c) - 1) for c in _at_random(graph, free, 20, seed=2)]
     assert max(errors) < allowed
+
+
+@pytest.mark.parametrize(
+    ("model", "share", "expected"),
+    [
+        (cifar10.resnet56, {"inner": 0.5}, 1.65),  # 2.0x fewer multiply-accumulates
+        (cifar10.resnet56, {"inner": 0.99, "stream": 0.99}, 0.71),  # 15, 31 and 63 channels
+        (imagenet.mobilenet_v2, {"inner": 0.9}, 1 / 1.5),
+    ],
+)
+def test_rules_alone_know_what_was_measured_on_avx512(
+    model: Callable[[], nn.Module], share: Mapping[str, float], expected: float
+) -> None:
+    pixels = 32 if model is cifar10.resnet56 else 224
+    graph, rules = trace(model(), (torch.ones(1, 3, pixels, pixels),)), Rules(profiles.load(ORT))
+    kind = {w.name: "stream" if w.is_stream else "inner" for w in graph.cuttable}
+    kept = {name: int(graph.width[name].size * share[k]) for name, k in kind.items() if k in share}
+    gain = rules.latency(graph, graph.dense) / rules.latency(graph, graph.choice(kept))
+    assert gain == pytest.approx(expected, rel=0.16)
 
 
 def test_an_operation_that_the_table_lacks_is_refused() -> None:
