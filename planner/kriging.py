@@ -100,7 +100,8 @@ class Prior:
 
     def mean(self, operation: Operation, widths: Widths) -> Vector:
         """Return m for each pair of widths."""
-        return self.parts(operation, widths).sum(1)
+        total: Vector = self.parts(operation, widths).sum(1)
+        return total
 
     def covariance(self, operation: Operation, rows: Widths, columns: Widths) -> Vector:
         """Return k between two lists of widths of one operation."""
@@ -108,7 +109,8 @@ class Prior:
         away = np.square(np.log2(np.array(rows, float))[:, None] - np.log2(np.array(columns, float))).sum(-1)
         alike = self._classes(operation, rows)[:, None] == self._classes(operation, columns)
         own = SMOOTH**2 * alike * np.exp(-away / (2 * REACH**2)) + OWN**2 * (away == 0)
-        return SLOPE**2 * (one @ other.T) + own * np.outer(one.sum(1), other.sum(1))
+        found: Vector = SLOPE**2 * (one @ other.T) + own * np.outer(one.sum(1), other.sum(1))
+        return found
 
     def _classes(self, operation: Operation, widths: Widths) -> NDArray[np.str_]:
         return np.array([self.features.rules.alignment(operation, *pair) for pair in widths])

@@ -79,7 +79,7 @@ class Probe(_Part):
     def noise(self) -> float:
         """The relative standard deviation of its latency."""
         low, high = self.ci95_s
-        return (high - low) / (low + high) / norm.ppf(0.975)
+        return (high - low) / (low + high) / float(norm.ppf(0.975))
 
     @property
     def choice(self) -> Choice:

@@ -7,6 +7,7 @@ each time with the dense network, whose drift is divided out.
 
 import hashlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -121,7 +122,7 @@ def calibrate(bench: Bench, *, progress: Progress, fresh: bool = False) -> Laten
     if fresh:
         part.unlink(missing_ok=True)
     probes = _stored(part)
-    clock, started, taken_s = Countdown(progress, len(probes), len(wanted)), time.monotonic(), 0.0
+    clock, started, taken_s = Countdown(progress, len(probes), len(wanted), limit_s=_LIMIT_S), time.monotonic(), 0.0
     for start in range(len(probes), len(wanted), _TOGETHER):
         if time.monotonic() - started + taken_s > _LIMIT_S or _enough(bench, probes):
             break
@@ -147,9 +148,16 @@ class Countdown:
     """Progress with the time left, estimated from the networks that are done."""
 
     def __init__(
-        self, progress: Progress, done: int, total: int, *, clock: Callable[[], float] = time.monotonic
+        self,
+        progress: Progress,
+        done: int,
+        total: int,
+        *,
+        limit_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Show on `progress`; `done` of `total` networks were measured earlier."""
+        """Show on `progress`; `done` of `total` networks were measured earlier, and all ends after `limit_s`."""
+        self._last = clock() + limit_s
         self._progress, self._clock, self._total = progress, clock, total
         self._start, self._before, self._end = clock(), done, None if done < total else clock()
 
@@ -157,7 +165,7 @@ class Countdown:
         """Take note that `done` networks are measured."""
         now = self._clock()
         each_s = (now - self._start) / max(1, done - self._before)
-        self._end = now + each_s * (self._total - done)
+        self._end = min(now + each_s * (self._total - done), self._last)
 
     def step(self, what: str, done: int, total: int) -> None:
         """Move the bar, and say how long it will take once that is known."""

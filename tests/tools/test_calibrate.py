@@ -146,6 +146,15 @@ def test_progress_counts_networks_and_never_passes_the_end() -> None:
     assert any("left" in what for what, _, _ in seen)
 
 
+def test_the_time_left_is_never_more_than_the_limit() -> None:
+    now, told = [0.0], []
+    clock = Countdown(lambda what, *_: told.append(what), 0, 60, limit_s=100.0, clock=lambda: now[0])
+    now[0] = 40.0
+    clock.finished(12)  # at this rate the rest takes 160 s
+    clock.step("building", 13, 60)
+    assert told == ["building, 1 min 00 s left"]
+
+
 def test_batch_is_the_first_axis_of_the_first_input() -> None:
     assert batch_of((torch.zeros(8, 3), torch.zeros(2))) == 8
     assert batch_of(()) == 1
