@@ -213,7 +213,8 @@ def test_the_tool_of_a_runtime_does_without_python(profile: str, tool: str, tmp_
     (tmp_path / "half.txt").write_text(log[: int(len(log) * 0.7)].rpartition("== espalier")[0])
     run("--parse", str(tmp_path / "half.txt"), "--runtime-version", "10.7.0")
     before = json.loads((kit / RESULTS).read_text())["measured"]
-    assert len(before) == 12
+    assert 0 < len(before) < others
+    assert len(before) % 12 == 0  # whole batches
     assert run("--commands").count("echo") < (kit / "run.sh").read_text().count("echo")  # what is left
     (kit / RESULTS).unlink()
     (tmp_path / "log.txt").write_text(log)
