@@ -1,14 +1,16 @@
 """What to keep: graph, groups, costs, search, WGSEF and training."""
 
 from planner import envelope
+from planner.document import with_global_budget
 from planner.graph import Graph, trace
 from planner.groups import Groups, group
 from planner.importance import Importance, magnitude, measured
 from planner.latency import LatencyTable
+from planner.limits import Limits
 from planner.pools import with_structures
 from planner.prox import Proximal, attach, harden_
 from planner.scope import Scope
-from planner.search import plan, with_global_budget
+from planner.search import Problem, plan, problem
 from planner.spec import Plan
 from planner.structures import Block, Channel, Depth, Embedding, Filter, FilterShape, Head, Hidden, Structure
 from planner.tournament import loss_after
@@ -27,8 +29,10 @@ __all__ = [
     "Hidden",
     "Importance",
     "LatencyTable",
+    "Limits",
     "Moment",
     "Plan",
+    "Problem",
     "Proximal",
     "Recipe",
     "Scope",
@@ -44,6 +48,7 @@ __all__ = [
     "magnitude",
     "measured",
     "plan",
+    "problem",
     "recalibrate_",
     "trace",
     "with_global_budget",

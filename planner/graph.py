@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
+from planner.activations import Activation, find_alive
 from planner.axes import kind, shape
 from planner.blocks import Block, find_blocks, module_path
 from planner.evaluation import evaluating
@@ -42,6 +43,7 @@ class Graph:
     fingerprint: str
     inputs: tuple[tuple[tuple[int, ...], str], ...]  # (shape, dtype) of each input
     counted: tuple[tuple[str, Extent], ...] = ()  # modules that divide by the length of an axis that can be cut
+    alive: tuple[tuple[Activation, ...], ...] = ()  # the sets of activations that a run holds at once
     casts: bool = False  # whether the model itself computes in another precision than that of its weights
 
     @cached_property
@@ -99,13 +101,14 @@ def trace(
     labels = labels_of(state)
     widths = find_widths(state, labels, blocks, frozenset(aliases(model)))
     operations = find_operations(nodes, state, partial(extent, widths, labels), blocks)
+    alive = find_alive(nodes, state, partial(extent, widths, labels), blocks)
     log.debug("traced %d operations, %d widths, %d blocks", len(operations), len(widths), len(blocks))
     specs = tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in inputs)
     counted = tuple((module_path(node), extent(widths, labels, units, len(units))) for node, units in state.counted)
     casts = under_autocast(nodes) or any(
         kind(node) in ("to", "_to_copy", "float", "half", "bfloat16") for node in nodes
     )
-    return Graph(widths, blocks, operations, _fingerprint(nodes, names, specs), specs, counted, casts)
+    return Graph(widths, blocks, operations, _fingerprint(nodes, names, specs), specs, counted, alive, casts)
 
 
 def random_input(shape: Sequence[int], dtype: str, generator: torch.Generator, *, more: int = 0) -> Tensor:

@@ -81,7 +81,7 @@ class Operation:
 Measure = Callable[[Ids | None, int], Extent]
 
 # What moves no element, or does not remain in a compiled model.
-_FREE = frozenset(
+FREE = frozenset(
     "view reshape flatten unflatten _unsafe_view view_as reshape_as unsqueeze squeeze unsqueeze_ squeeze_ ravel "
     "transpose swapaxes swapdims t mT adjoint numpy_T movedim moveaxis permute expand expand_as broadcast_to split "
     "split_with_sizes chunk tensor_split slice narrow select unbind getitem detach detach_ alias dropout dropout_ "
@@ -108,7 +108,7 @@ def find_operations(
         multiplying = seen.layer() or seen.products()
         if multiplying:
             fused |= set(_fused(node))
-        elif kind(node) in _FREE or node in fused:
+        elif kind(node) in FREE or node in fused:
             continue
         inside = frozenset(b.name for b in blocks if node.name in b.body or (not multiplying and node.name == b.add))
         found += [(replace(o, blocks=inside), moved) for o, moved in multiplying or [seen.moving()]]
@@ -155,7 +155,7 @@ class _Seen:
         words += [f"g{groups}" if groups > 1 < per_group else "", "@" + "x".join(map(str, spatial))]
         sides = (_units(self.state, source, axis), size[axis]), (_units(self.state, node, axis), made[axis])
         counts = {"macs_per_pair": positions * pair, "grouped": groups > 1, "weights_per_pair": pair}
-        return [self._made(words, sides, counts, read=_numel(source))]
+        return [self._made(words, sides, counts, read=numel(source))]
 
     def _recurrent(self, parameters: Any) -> list[tuple[Operation, int]]:
         """Return all layers and directions as one product, from the columns of all matrices to one hidden state."""
@@ -169,7 +169,7 @@ class _Seen:
         units = next((t.along(last)[:hidden] for t in tracks if t.axes == (last,)), None)
         words = [kind(self.node), f"{len(matrices)}", "@" + "x".join(map(str, size[:-1]))]
         counts = {"macs_per_pair": math.prod(size[:-1]) * gates, "grouped": False, "weights_per_pair": gates}
-        operation, moved = self._made(words, ((None, columns), (units, hidden)), counts, read=_numel(source))
+        operation, moved = self._made(words, ((None, columns), (units, hidden)), counts, read=numel(source))
         given = self.extent(_units(self.state, source, len(size) - 1), size[-1])
         times = sum(own == size[-1] for _, own in matrices[::2])
         rest, state = columns - times * size[-1], operation.outputs
@@ -190,25 +190,20 @@ class _Seen:
 
     def moving(self) -> tuple[Operation, int]:
         """Return a node that multiplies nothing, by the widths of its largest operand and of its output."""
-        operands = sorted((n for n in self.node.all_input_nodes if self.state.name(n) is None), key=_numel)
-        sides = self._side(operands[-1] if operands else None), self._side(self.node)
+        operands = sorted((n for n in self.node.all_input_nodes if self.state.name(n) is None), key=numel)
+        sides = side_of(self.state, operands[-1] if operands else None), side_of(self.state, self.node)
         cut = ["cut" if self.extent(*side).parts else "whole" for side in sides]
         words = [kind(self.node).rstrip("_"), *cut, "@" + "x".join(map(str, _shape(self.node)))]
         counts = {"macs_per_pair": 0, "grouped": True, "weights_per_pair": 0}
-        operation, moved = self._made(words, sides, counts, read=sum(map(_numel, operands)))
-        return replace(operation, moved_per_output=_numel(self.node) // sides[1][1]), moved
-
-    def _side(self, node: Node | None) -> Side:
-        """Return the axes of a tensor that are followed first, as one; of none length one."""
-        tracks = self.state.of(node)
-        return (tracks[0].units.reshape(-1), tracks[0].units.size) if tracks else (None, 1)
+        operation, moved = self._made(words, sides, counts, read=sum(map(numel, operands)))
+        return replace(operation, moved_per_output=numel(self.node) // sides[1][1]), moved
 
     def _made(
         self, words: Sequence[str], sides: tuple[Side, Side], counts: Mapping[str, Any], *, read: int
     ) -> tuple[Operation, int]:
         fused = [] if not counts["macs_per_pair"] else [kind(n).rstrip("_") for n in _fused(self.node)]
         fused = [word for word in fused if word in _FUSED]
-        written = _numel(self.node) * (1 + fused.count("add"))
+        written = numel(self.node) * (1 + fused.count("add"))
         operation = Operation(
             name=module_path(self.node) or self.node.name,
             signature=" ".join(filter(None, [*words, "+".join(fused)])),
@@ -230,7 +225,14 @@ def _shape(node: Node) -> tuple[int, ...]:
     return tuple(number(size) for size in getattr(first, "shape", ()))
 
 
-def _numel(node: Any) -> int:
+def side_of(state: Propagation, node: Node | None) -> Side:
+    """Return the axes of a tensor that are followed first, as one; of none length one."""
+    tracks = state.of(node)
+    return (tracks[0].units.reshape(-1), tracks[0].units.size) if tracks else (None, 1)
+
+
+def numel(node: Any) -> int:
+    """Return the number of elements that a node makes."""
     return math.prod(_shape(node)) if _shape(node) else 0
 
 

@@ -2,12 +2,18 @@
 
     minimise    Σ loss[w,c] y[w,c] + Σ loss[b] r[b] + Σ_stages γ n²,     n = blocks of the stage that leave
     subject to  Σ_c y[w,c] = 1,  or 1 - r[b] for a width inside block b
-                Σ_operations cost(inputs, outputs) <= budget
+                Σ_terms cost(lengths) <= budget,                         for every limited resource
 
-An operation that two widths decide has one variable per pair of candidates, whose margins are the widths' binaries, so
-its cost is exact at every integer point; n² is the maximum of the chords through its integer points.
+A term that two widths decide has one variable per pair of candidates, whose margins are the widths' binaries, so its
+cost is exact at every integer point; terms of all resources share these variables. n² is the maximum of the chords
+through its integer points. The length of an axis that many widths make up, as in a densely connected network, is a
+mixture of neighbouring lengths on a grid: between them costs are straight lines, and search.py holds the plan to its
+exact cost afterwards.
 """
 
+import math
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -19,36 +25,45 @@ from scipy.sparse import coo_array
 
 from planner.graph import Graph
 from planner.importance import Importance
-from planner.latency import Costs
-from planner.operations import Choice, Operation
+from planner.operations import Choice, Extent
+from planner.quiet import redirected
+from planner.resources import Product, Resource, Term, widths_of
 from planner.spec import Proof
 from profiles.errors import PlanError
 
 Terms = dict[int, float]  # variable -> coefficient
+Point = tuple[int, int]  # (variable, what it stands for)
 _INFINITY = float("inf")
+_MANY = 600  # combinations of candidates from which on an axis of several widths is taken by its length
+_GRID = 17  # lengths of such an axis
+_STRAIGHT = 1e-6  # relative bend of a cost over such an axis that counts as none
+_FINE = 1e3  # HiGHS stops at an absolute gap of 1e-6, which is then 1e-9 of the largest loss
 TIME_LIMIT_S = 60.0  # then the best plan found is returned, with the gap to its bound
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A sum of costs, and the most that it may come to."""
+
+    cost: Terms
+    most: float
 
 
 @dataclass
 class Program:
-    """Variables, rows and the cost expression of one planning problem."""
+    """Variables and rows of one planning problem."""
 
     graph: Graph
     candidates: Mapping[str, Sequence[int]]
-    costs: Costs
     integral: list[bool] = field(default_factory=list)
     rows: list[tuple[Terms, float, float]] = field(default_factory=list)
-    cost: Terms = field(default_factory=dict)
-    constant_s: float = 0.0
     keeps: dict[tuple[str, int], int] = field(default_factory=dict)
     leaves: dict[str, int] = field(default_factory=dict)
+    _joint: dict[object, list[int]] = field(default_factory=dict)
+    _lengths: dict[Extent, list[Point]] = field(default_factory=dict)
+    _bent: set[Extent] = field(default_factory=set)
 
-    def variable(self, *, integral: bool) -> int:
-        """Return a new variable in [0, 1]."""
-        self.integral.append(integral)
-        return len(self.integral) - 1
-
-    def add_choices(self) -> None:
+    def __post_init__(self) -> None:
         """Add the binaries of widths and blocks; exactly one candidate holds unless the block around it leaves."""
         self.leaves = {b.name: self.variable(integral=True) for b in self.graph.blocks if not b.frozen}
         for name, counts in self.candidates.items():
@@ -60,39 +75,137 @@ class Program:
                 terms[leave] = 1.0
             self.rows.append((terms, 1.0, 1.0))
 
-    def add_costs(self) -> None:
-        """Add every operation's cost as an expression in the variables."""
-        self.constant_s = self.costs.overhead_s
-        for operation in self.graph.operations:
-            self._add_operation(operation)
+    def variable(self, *, integral: bool) -> int:
+        """Return a new variable in [0, 1]."""
+        self.integral.append(integral)
+        return len(self.integral) - 1
 
-    def _add_operation(self, operation: Operation) -> None:
-        parts = dict(operation.inputs.parts + operation.outputs.parts)
-        names = [name for name in parts if name in self.candidates]
-        blocks = [variable for name, variable in self.leaves.items() if name in operation.blocks]
-        options = list(product(*(self.candidates[name] for name in names)))
-        prices = [self._price(operation, dict(zip(names, option, strict=True))) for option in options]
+    def tie(self, one: str, other: str) -> None:
+        """Let two widths keep the same share of their channels, as long as the blocks around them stay."""
+        terms: Terms = {}
+        for name, sign in ((one, 1.0), (other, -1.0)):
+            size = self.graph.width[name].size
+            terms |= {self.keeps[name, count]: sign * count / size for count in self.candidates[name]}
+        around = {self.graph.width[name].block or "" for name in (one, other)}
+        free = [self.leaves[block] for block in around if block in self.leaves] if len(around) > 1 else []
+        self.rows.append(({**terms, **dict.fromkeys(free, -1.0)}, -_INFINITY, 1e-9))
+        self.rows.append(({**terms, **dict.fromkeys(free, 1.0)}, -1e-9, _INFINITY))
+
+    def costs(self, resource: Resource) -> list[tuple[Terms, float]]:
+        """Return each sum of a resource as an expression in the variables, and its constant."""
+        return [self._sum(terms, resource.constant) for terms in resource.sums]
+
+    def _sum(self, terms: Sequence[Term], constant: float) -> tuple[Terms, float]:
+        cost: Terms = {}
+        for term in terms:
+            for variable, price in self._term(term):
+                if variable is None:
+                    constant += price
+                else:
+                    cost[variable] = cost.get(variable, 0.0) + price
+        return cost, constant
+
+    def _term(self, term: Term) -> list[tuple[int | None, float]]:
+        """Return the variables of a term with their prices; None stands for what is always paid."""
+        names = tuple(name for name in widths_of(term.extents) if name in self.candidates)
+        blocks = tuple(sorted(name for name in term.blocks if name in self.leaves))
         if not blocks and not names:
-            self.constant_s += prices[0]
-            return
-        if len(names) == 1 and (not blocks or [self.leaves.get(self.graph.width[names[0]].block or "")] == blocks):
-            for (count,), price in zip(options, prices, strict=True):
-                self._charge(self.keeps[names[0], count], price)
-            return
-        chosen = [self.variable(integral=False) for _ in options]
-        self.rows.append(({**dict.fromkeys(chosen, 1.0), **dict.fromkeys(blocks, 1.0)}, 1.0, _INFINITY))
-        for position, name in enumerate(names):
-            for count in self.candidates[name]:
-                margin = {z: 1.0 for z, option in zip(chosen, options, strict=True) if option[position] == count}
-                self.rows.append(({**margin, self.keeps[name, count]: -1.0}, -_INFINITY, 0.0))
-        for variable, price in zip(chosen, prices, strict=True):
-            self._charge(variable, price)
+            return [(None, term.price(*self._at(term, {})))]
+        if isinstance(term.price, Product) and len(term.extents) == 1 and not blocks:
+            return self._linear(term.extents[0], term.price.factor)
+        if math.prod(len(self.candidates[name]) for name in names) > _MANY and len(names) > 2:
+            return self._by_length(term, blocks)
+        points = [[(self.keeps[name, count], count) for count in self.candidates[name]] for name in names]
+        options = [dict(zip(names, option, strict=True)) for option in product(*(self.candidates[n] for n in names))]
+        prices = [term.price(*self._at(term, keep)) for keep in options]
+        if len(names) == 1 and blocks in ((), (self.graph.width[names[0]].block,)):
+            return [(variable, price) for (variable, _), price in zip(points[0], prices, strict=True)]
+        return list(zip(self._together(points, blocks), prices, strict=True))
 
-    def _price(self, operation: Operation, keep: Mapping[str, int]) -> float:
-        return self.costs.cost(operation, *operation.widths(self.graph.choice(keep)))
+    def _at(self, term: Term, keep: Mapping[str, int]) -> tuple[int, ...]:
+        choice = self.graph.choice(keep)
+        return tuple(extent.under(choice) for extent in term.extents)
 
-    def _charge(self, variable: int, price: float) -> None:
-        self.cost[variable] = self.cost.get(variable, 0.0) + price
+    def _linear(self, extent: Extent, factor: float) -> list[tuple[int | None, float]]:
+        fixed = extent.under(self.graph.choice(dict.fromkeys(self.candidates, 0)))
+        prices: list[tuple[int | None, float]] = [(None, factor * fixed)]
+        for name, times in extent.parts:
+            for count in self.candidates.get(name, ()):
+                prices.append((self.keeps[name, count], factor * times * count))
+        return prices
+
+    def _together(self, points: Sequence[Sequence[Point]], blocks: Sequence[str]) -> list[int]:
+        """Return one variable per combination of points of different axes; 1 where all hold and no block leaves."""
+        key = (tuple(tuple(own) for own in points), tuple(blocks))
+        if key not in self._joint:
+            options = list(product(*([variable for variable, _ in own] for own in points)))
+            chosen = [self.variable(integral=False) for _ in options]
+            leave = {self.leaves[name]: 1.0 for name in blocks}
+            self.rows.append(({**dict.fromkeys(chosen, 1.0), **leave}, 1.0, _INFINITY))
+            for position, own in enumerate(points):
+                for variable, _ in own:
+                    margin = {z: 1.0 for z, option in zip(chosen, options, strict=True) if option[position] == variable}
+                    self.rows.append(({**margin, variable: -1.0}, -_INFINITY, 0.0))
+            self._joint[key] = chosen
+        return self._joint[key]
+
+    def _by_length(self, term: Term, blocks: Sequence[str]) -> list[tuple[int | None, float]]:
+        """Price a term by the lengths of its axes, each a mixture of lengths on a grid or of one width's candidates."""
+        points = [self._length(extent) for extent in term.extents]
+        prices = np.array([term.price(*lengths) for lengths in product(*([n for _, n in own] for own in points))])
+        for axis, extent in enumerate(term.extents):
+            if extent in self._lengths and extent not in self._bent:
+                lengths = np.array([n for _, n in points[axis]])
+                if _bends(prices.reshape([len(own) for own in points]), lengths, axis):
+                    self._bent.add(extent)
+                    self._neighbours([variable for variable, _ in points[axis]])
+        if len(points) == 1 and not blocks:
+            return [(variable, price) for (variable, _), price in zip(points[0], prices.tolist(), strict=True)]
+        return list(zip(self._together(points, blocks), prices.tolist(), strict=True))
+
+    def _length(self, extent: Extent) -> list[Point]:
+        """Return the variables whose mixture is the length of an axis, with the length that each stands for."""
+        names = [name for name, _ in extent.parts if name in self.candidates]
+        if len(names) == 1 and self.graph.width[names[0]].block not in self.leaves:
+            options = [(self.keeps[names[0], count], {names[0]: count}) for count in self.candidates[names[0]]]
+            return [(variable, extent.under(self.graph.choice(keep))) for variable, keep in options]
+        if extent not in self._lengths:
+            grid = self._grid(extent)
+            points = [(self.variable(integral=False), n) for n in grid]
+            self.rows.append(({variable: 1.0 for variable, _ in points}, 1.0, 1.0))
+            total = {variable: float(n) for variable, n in points}
+            linear, fixed = self._linear(extent, 1.0), 0.0
+            for variable, price in linear:
+                if variable is None:
+                    fixed += price
+                else:
+                    total[variable] = total.get(variable, 0.0) - price
+            scale = float(max(grid))
+            self.rows.append(({v: price / scale for v, price in total.items()}, fixed / scale, fixed / scale))
+            self._lengths[extent] = points
+        return self._lengths[extent]
+
+    def _grid(self, extent: Extent) -> list[int]:
+        """Return lengths from the shortest to the longest that the candidates allow, evenly in steps that they take."""
+        low = high = extent.under(self.graph.choice(dict.fromkeys(self.candidates, 0)))
+        step = 0
+        for name, times in extent.parts:
+            counts = self.candidates.get(name, ())
+            inside = self.graph.width[name].block in self.leaves
+            low += times * (0 if inside else min(counts, default=0))
+            high += times * max(counts, default=0)
+            step = math.gcd(step, *(times * count for count in counts))
+        stride = max(1, step) * max(1, math.ceil((high - low) / max(1, step) / (_GRID - 1)))
+        return sorted({*range(low, high, stride), high})
+
+    def _neighbours(self, variables: Sequence[int]) -> None:
+        """Let only two variables that follow each other be above 0."""
+        pieces = [self.variable(integral=True) for _ in variables[1:]]
+        if pieces:
+            self.rows.append((dict.fromkeys(pieces, 1.0), 1.0, 1.0))
+        for index, variable in enumerate(variables):
+            beside = pieces[max(0, index - 1) : index + 1]
+            self.rows.append(({variable: 1.0, **dict.fromkeys(beside, -1.0)}, -_INFINITY, 0.0))
 
     def losses(self, importance: Importance) -> Terms:
         """Return the loss as an expression, with the super-additive terms as chords of γ n²."""
@@ -111,39 +224,51 @@ class Program:
                 self.rows.append(({**chord, share: float(most**2)}, -n * (n + 1.0), _INFINITY))
         return loss
 
-    def solve(self, objective: Terms, *, budget: float | None) -> tuple[Choice, Proof] | None:
-        """Return the best choice within `budget` and its proof, or None if nothing fits."""
-        unit = max(self.cost.values(), default=1.0)  # HiGHS's tolerances are absolute: rows are scaled to about 1
+    def solve(
+        self, objective: Terms, budgets: Sequence[Budget] = (), *, gap: float = 0.0
+    ) -> tuple[Choice, Proof] | None:
+        """Return the best choice within the budgets, to a relative `gap`, and its proof; None if nothing fits."""
         if not self.integral:
             self.variable(integral=False)  # nothing can be chosen, but HiGHS wants a variable
-        rows = list(self.rows)
-        if budget is not None:
-            rows.append(({j: v / unit for j, v in self.cost.items()}, -_INFINITY, (budget - self.constant_s) / unit))
-        scale = max(map(abs, objective.values()), default=0.0) or 1.0
+        start, rows = time.monotonic(), list(self.rows)
+        for budget in budgets:  # HiGHS's tolerances are absolute: rows are scaled to about 1
+            unit = max(map(abs, budget.cost.values()), default=0.0) or abs(budget.most) or 1.0
+            rows.append(({j: v / unit for j, v in budget.cost.items()}, -_INFINITY, budget.most / unit))
+        scale = (max(map(abs, objective.values()), default=0.0) or 1.0) / _FINE
         c = np.zeros(len(self.integral))
         c[list(objective)] = np.array(list(objective.values())) / scale
-        result = milp(
-            c,
-            integrality=np.array(self.integral, int),
-            bounds=Bounds(0, 1),
-            constraints=_constraint(rows, len(c)),
-            options={"mip_rel_gap": 0.0, "time_limit": TIME_LIMIT_S},
-        )
+        with redirected(1, sys.stdout):
+            result = milp(
+                c,
+                integrality=np.array(self.integral, int),
+                bounds=Bounds(0, 1),
+                constraints=_constraint(rows, len(c)),
+                options={"mip_rel_gap": gap, "time_limit": TIME_LIMIT_S},
+            )
         if result.status == 2:
             return None
         if result.x is None or result.status not in (0, 1):  # 1: out of time, with a bound
             raise PlanError(f"the solver stopped without an optimal plan: {result.message}")
         value = float(result.fun) * scale
         bound = value if result.mip_dual_bound is None else float(result.mip_dual_bound) * scale
-        status = "optimal" if result.status == 0 else "out of time"
-        proof = Proof(status=status, objective=value, bound=bound, gap=float(result.mip_gap or 0.0))
-        return self._choice(result.x), proof
+        status = "out of time" if result.status else "within the gap" if gap and result.mip_gap else "optimal"
+        found = float(result.mip_gap or 0.0)
+        seconds = round(time.monotonic() - start, 3)
+        return self._choice(result.x), Proof(status=status, objective=value, bound=bound, gap=found, solved_s=seconds)
 
     def _choice(self, x: NDArray[np.float64]) -> Choice:
         removed = frozenset(name for name, variable in self.leaves.items() if x[variable] > 0.5)
         keep = dict.fromkeys(self.candidates, 0)
         keep.update({name: count for (name, count), variable in self.keeps.items() if x[variable] > 0.5})
         return Choice(keep, removed)
+
+
+def _bends(prices: NDArray[np.float64], lengths: NDArray[np.int64], axis: int) -> bool:
+    """Whether a price lies below the straight line between its neighbours anywhere: then mixtures must be of these."""
+    rows = np.moveaxis(prices, axis, 0)
+    slopes = np.diff(rows, axis=0) / np.diff(lengths).reshape(-1, *[1] * (rows.ndim - 1))
+    scale = np.abs(rows).max() / max(1, lengths[-1] - lengths[0])
+    return bool((np.diff(slopes, axis=0) < -_STRAIGHT * scale).any())
 
 
 def _constraint(rows: Sequence[tuple[Terms, float, float]], size: int) -> LinearConstraint:

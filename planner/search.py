@@ -1,29 +1,30 @@
-"""`plan()`: the widths and blocks that meet a latency budget at the least loss, with proof of optimality."""
+"""`plan()`: the widths and blocks that meet a budget at the least loss, with proof of optimality."""
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
-from planner.blocks import Block
+from planner import resources
+from planner.candidates import candidates, paying, quantum, useful
+from planner.document import Document
 from planner.graph import Graph, trace
-from planner.groups import group
 from planner.importance import Importance, magnitude
-from planner.latency import Costs, LatencyTable, Rules, forecast
+from planner.latency import Costs, LatencyTable, Rules
+from planner.limits import ON_CHIP, Amount, Latency, Limits, amount
 from planner.operations import Choice
-from planner.program import Program
+from planner.program import Budget, Program, Terms
+from planner.resources import Resource
 from planner.scope import Scope
-from planner.spec import BlockPlan, InputSpec, Plan, Pool, Proof, WidthPlan
-from planner.structures import Depth, Filter, of_width
-from planner.widths import Width
+from planner.spec import LimitPlan, Plan, Proof
 from profiles import Profile
+from profiles import load as profile_of
 from profiles.errors import PlanError
 
-_MOST = 12  # candidates per width
-_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "%": 1e-2, "": 1.0}
+_TRIES = 4  # to hold a plan to its exact cost where the program takes costs as straight
+_WORTH = 0.05  # a smaller gain of latency is not worth a training
+Tables = LatencyTable | Sequence[LatencyTable] | None
 
 
 def plan(
@@ -31,69 +32,279 @@ def plan(
     inputs: tuple[Tensor, ...],
     profile: Profile,
     *,
-    latency: float | str,
-    table: LatencyTable | None = None,
+    latency: Latency | None = None,
+    limits: Limits | None = None,
+    table: Tables = None,
     importance: Importance | None = None,
     scope: Scope | None = None,
 ) -> Plan:
-    """Return the plan for `model` that loses least within `latency`: a fraction of the dense one, "50 %" or "3 ms".
+    """Return the plan for `model` that loses least within `latency` and `limits`.
 
-    Costs come from `table`, measured on the device, or else from the profile's documented rules, which know ratios
-    only. Importance is that of the weights' magnitude unless given (see planner.measured). `scope` says which layers
-    may be cut; structures that the profile says do not pay are not, and the plan notes it. Raises PlanError if the
-    budget is below what the model can reach.
+    `latency` is a fraction of the dense one, "50 %" or "3 ms"; for several devices at once, a mapping from the ids of
+    their profiles. Costs come from `table`, measured on the device (several tables for several), or else from the
+    profile's documented rules, which know ratios only. Importance is that of the weights' magnitude unless given (see
+    planner.measured). `scope` says which layers may be cut; structures that the profile says do not pay are not, and
+    the plan notes it. Raises PlanError if a budget is below what the model can reach.
     """
+    posed = problem(model, inputs, profile, devices=devices_of(latency, profile), table=table, scope=scope)
+    return posed.solve(latency, limits, importance=importance)
+
+
+def devices_of(latency: Latency | None, profile: Profile) -> tuple[Profile, ...]:
+    """Return the profile that is planned for, and others whose latency is limited too."""
+    ids = list(latency) if isinstance(latency, Mapping) else []
+    return (profile, *(profile_of(name) for name in ids if name != profile.id))
+
+
+def problem(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    profile: Profile,
+    *,
+    devices: Sequence[Profile] = (),
+    table: Tables = None,
+    scope: Scope | None = None,
+) -> "Problem":
+    """Return what there is to plan: traced once, to be solved for any number of budgets and importances."""
     scope = scope or Scope()
     traced = trace(model, inputs, lossy=scope.lossy)
     if not traced.operations:
         raise PlanError("the model has no convolution or linear layer, so there is nothing to plan")
     graph, notes = paying(scope.applied(traced, model), profile, scope)
-    costs = _costs(graph, profile, table)
-    options = useful(graph, costs, candidates(graph, profile, scope))
-    importance = importance or magnitude(model, graph, options)
-    _check_covers(importance, graph, options)
-    dense_s = costs.latency(graph, graph.dense)
-    budget_s = budget(latency, dense_s, measured=table is not None)
-    choice, proof = _solve(Program(graph, options, costs), importance, budget_s, dense_s)
-    made = _Problem(graph, profile, costs, options, importance).written(choice, proof, budget_s / dense_s)
-    return made.model_copy(update={"lossy": scope.lossy, "forced": scope.force, "notes": notes})
+    tables = (table,) if isinstance(table, LatencyTable) else tuple(table or ())
+    costs = costs_of(graph, devices or (profile,), tables)
+    return Problem(model, graph, profile, scope, costs, notes)
 
 
-def paying(graph: Graph, profile: Profile, scope: Scope) -> tuple[Graph, tuple[str, ...]]:
-    """Return the graph without the structures that do not pay on the device, unless forced, and what was left out.
+def costs_of(graph: Graph, devices: Sequence[Profile], tables: Sequence[LatencyTable]) -> dict[str, Costs]:
+    """Return the costs on every device: from its table, or else from its rules.
 
-    Raises PlanError if nothing is left of what could be cut.
+    Raises PlanError if a table does not belong to the model or to any of the devices.
     """
-    parts: list[Width | Block] = [*graph.cuttable, *(block for block in graph.blocks if not block.frozen)]
-    refused: dict[str, str] = {}
-    for part in parts:
-        kind = of_width(part).profile_kind if isinstance(part, Width) else Depth.profile_kind
-        known = profile.pays(kind)
-        if known is not None and known.pays == "no" and not scope.force:
-            refused[part.name] = f"cutting {kind} does not pay on {profile.id}"
-    if parts and len(refused) == len(parts):
-        raise PlanError(
-            f"{next(iter(refused.values()))}, and nothing else can be cut; Scope(force=True) plans it anyway"
-        )
-    widths = tuple(replace(w, frozen=w.frozen or refused.get(w.name)) for w in graph.widths)
-    blocks = tuple(replace(b, frozen=b.frozen or refused.get(b.name)) for b in graph.blocks)
-    return replace(graph, widths=widths, blocks=blocks), tuple(dict.fromkeys(refused.values()))
+    ids = [device.id for device in devices]
+    for table in tables:
+        if table.fingerprint != graph.fingerprint:
+            raise PlanError(
+                "the latency table was made for another model or input shape (fingerprint "
+                f"{table.fingerprint}, this one is {graph.fingerprint}); run `espalier calibrate` for this one"
+            )
+        if table.profile not in ids:
+            raise PlanError(
+                f"the latency table was measured for profile {table.profile}, not {' or '.join(ids)}; plan with that "
+                "profile, or run `espalier calibrate` with this one"
+            )
+    measured = {table.profile: table for table in tables}
+    return {device.id: measured.get(device.id) or Rules(device) for device in devices}
 
 
-def _costs(graph: Graph, profile: Profile, table: LatencyTable | None) -> Costs:
-    if table is None:
-        return Rules(profile)
-    if table.fingerprint != graph.fingerprint:
-        raise PlanError(
-            f"the latency table was made for another model or input shape (fingerprint {table.fingerprint}, this one "
-            f"is {graph.fingerprint}); run `espalier calibrate` for this one"
+@dataclass(frozen=True)
+class Problem:
+    """A model, what may be cut of it, and what that costs."""
+
+    model: nn.Module
+    graph: Graph
+    profile: Profile
+    scope: Scope
+    costs: Mapping[str, Costs]  # by the ids of profiles
+    notes: tuple[str, ...] = ()
+    _solved: dict[object, "Solver"] = field(default_factory=dict)
+
+    @cached_property
+    def times(self) -> dict[str, Resource]:
+        """The latency on every device."""
+        return {own: resources.time(self.graph, costs, own) for own, costs in self.costs.items()}
+
+    @cached_property
+    def devices(self) -> dict[str, Profile]:
+        """The profiles of the devices."""
+        return {own: self.profile if own == self.profile.id else profile_of(own) for own in self.costs}
+
+    def resource(self, name: str) -> Resource:
+        """Return a resource that `Limits` names."""
+        graph = self.graph
+        if name == "model_bytes":
+            return resources.model_bytes(graph, self.model, self.profile)
+        if name == "parameters":
+            return resources.parameters(graph, self.model)
+        return resources.operations(graph) if name == "macs" else resources.activation_bytes(graph, self.profile)
+
+    def options(self, *, thrifty: bool = False) -> dict[str, tuple[int, ...]]:
+        """Return the candidates of every width; if `thrifty`, also those that save no time but something else."""
+        found: dict[str, tuple[int, ...]] = {}
+        for device in self.devices.values():
+            for name, counts in candidates(self.graph, device, self.scope).items():
+                found[name] = tuple(sorted({*found.get(name, ()), *counts}))
+        return found if thrifty else useful(self.graph, list(self.times.values()), found)
+
+    def solve(
+        self, latency: Latency | None, limits: Limits | None = None, *, importance: Importance | None = None
+    ) -> Plan:
+        """Return the plan that loses least within the budgets; another call with other budgets costs little more."""
+        limits = limits or Limits()
+        if latency is None and not limits.amounts():
+            raise PlanError("nothing is limited, so the dense model is best; give a latency or another limit")
+        thrifty = bool(limits.amounts())
+        if (key := (thrifty, limits.tied, id(importance))) not in self._solved:
+            options = self.options(thrifty=thrifty)
+            known = importance or magnitude(self.model, self.graph, options)
+            _check_covers(known, self.graph, options)
+            self._solved[key] = Solver(self, options, known, limits.tied)
+        return self._solved[key].plan(latency, limits)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A resource with its budget, in its unit, and how that was given."""
+
+    resource: Resource
+    given: Amount
+    dense: float
+    most: float
+    ratios: bool  # only ratios are known of it
+
+    def shown(self, value: float) -> str:
+        """Return an amount for people."""
+        words = f"{value / self.dense:.3g} of dense"
+        scale, unit = (1e3, "ms") if self.resource.unit == "s" else (1.0, self.resource.unit)
+        return words if self.ratios else f"{words} ({value * scale:.3g} {unit}".rstrip() + ")"
+
+    def written(self, choice: Choice) -> LimitPlan:
+        """Return what the plan says of it."""
+        by = self.dense if self.ratios else 1.0
+        return LimitPlan(
+            name=self.resource.name,
+            given=str(self.given),
+            unit="of dense" if self.ratios else self.resource.unit,  # type: ignore[arg-type]
+            dense=self.dense / by,
+            budget=self.most / by,
+            planned=self.resource.under(choice) / by,
         )
-    if table.profile != profile.id:
-        raise PlanError(
-            f"the latency table was measured for profile {table.profile}, not {profile.id}; plan with that profile, or "
-            "run `espalier calibrate` with this one"
-        )
-    return table
+
+
+class Solver:
+    """The integer program of one problem under one importance, for any budgets."""
+
+    def __init__(
+        self,
+        posed: Problem,
+        options: Mapping[str, tuple[int, ...]],
+        importance: Importance,
+        tied: tuple[tuple[str, str], ...],
+    ) -> None:
+        """Build the program."""
+        self.posed, self.options, self.importance, self.tied = posed, options, importance, tied
+        self.program = Program(posed.graph, options)
+        self._sums: dict[str, list[tuple[Terms, float]]] = {}
+        self._resources: dict[str, Resource] = {}
+        for one, other in tied:
+            for name in (one, other):
+                if name not in options:
+                    raise PlanError(f"{name!r} is tied, but is no width that is planned; `espalier groups` lists them")
+            self.program.tie(one, other)
+        self._losses = self.program.losses(importance)
+
+    def limits(self, latency: Latency | None, limits: Limits) -> Iterator[Limit]:
+        """Read the budgets."""
+        graph, profile = self.posed.graph, self.posed.profile
+        wanted = dict(latency) if isinstance(latency, Mapping) else {} if latency is None else {profile.id: latency}
+        for own, given in wanted.items():
+            resource, measured = self.posed.times[own], isinstance(self.posed.costs[own], LatencyTable)
+            dense_s = resource.under(graph.dense)
+            most, relative = amount(given, dense_s, "s")
+            if not relative and not measured:
+                raise PlanError(
+                    f"latency {given!r} needs a table measured on {own}; run `espalier calibrate` or give a fraction"
+                )
+            yield Limit(resource, given, dense_s, most, ratios=not measured)
+        for name, given in limits.amounts().items():
+            resource = self._resources.setdefault(name, self.posed.resource(name))
+            dense = resource.under(graph.dense)
+            if given == ON_CHIP and name == "activation_bytes":
+                given = self._on_chip()
+            yield Limit(resource, given, dense, amount(given, dense, resource.unit, name=name)[0], ratios=False)
+
+    def _on_chip(self) -> str:
+        found = resources.on_chip_bytes(self.posed.profile)
+        if found is None:
+            raise PlanError(f"{self.posed.profile.id} states no on-chip capacity; give the limit in bytes")
+        return f"{found} B"
+
+    def plan(self, latency: Latency | None, limits: Limits) -> Plan:
+        """Return the plan within the budgets."""
+        graph, wanted = self.posed.graph, list(self.limits(latency, limits))
+        choice, proof = self._within(wanted, limits.gap)
+        full = graph.choice(choice.keep, choice.removed)
+        time = self.posed.times[self.posed.profile.id]
+        costs = self.posed.costs[self.posed.profile.id]
+        quanta = {name: self.quantum(name) for name in self.options}
+        document = Document(graph, self.posed.profile, costs, time, self.options, quanta, self.importance)
+        fraction = next((w.most / w.dense for w in wanted if w.resource is time), 1.0)
+        made = document.written(choice, proof, [own.written(full) for own in wanted], fraction)
+        notes, scope = (*self.posed.notes, *doubts(made)), self.posed.scope
+        return made.model_copy(update={"lossy": scope.lossy, "forced": scope.force, "tied": self.tied, "notes": notes})
+
+    def quantum(self, name: str) -> int:
+        """Return the step of a width on the device that is planned for."""
+        return quantum(self.posed.graph, self.posed.profile, self.posed.graph.width[name])
+
+    def _within(self, wanted: Sequence[Limit], gap: float) -> tuple[Choice, Proof]:
+        """Solve; where the program's costs were straight lines, hold the solution to the exact ones."""
+        tightened = [own.most for own in wanted]
+        for _ in range(_TRIES):
+            budgets = [b for own, most in zip(wanted, tightened, strict=True) for b in self._budgets(own, most)]
+            found = self.program.solve(self._losses, budgets, gap=gap)
+            if found is None:
+                break
+            full = self.posed.graph.choice(found[0].keep, found[0].removed)
+            over = [own.resource.under(full) / own.most for own in wanted]
+            if max(over, default=0.0) <= 1 + 1e-6:
+                return found
+            tightened = [most / max(1.0, by * (1 + 1e-6)) for most, by in zip(tightened, over, strict=True)]
+        raise PlanError(self._refusal(wanted))
+
+    def _budgets(self, own: Limit, most: float) -> list[Budget]:
+        return [Budget(cost, most - constant) for cost, constant in self._costs(own.resource)]
+
+    def _costs(self, resource: Resource) -> list[tuple[Terms, float]]:
+        if resource.name not in self._sums:
+            self._sums[resource.name] = self.program.costs(resource)
+        return self._sums[resource.name]
+
+    def _refusal(self, wanted: Sequence[Limit]) -> str:
+        """Return why no plan meets the budgets: the first that is below its floor, or all of them together."""
+        for own in wanted:
+            floor = self._floor(own)
+            if own.most < floor * (1 - 1e-9):
+                what = "latency" if own.resource.unit == "s" else own.resource.name
+                where = f" on {own.resource.name}" if own.resource.unit == "s" and len(self.posed.costs) > 1 else ""
+                return (
+                    f"{what} budget {own.shown(own.most)}{where} is below the floor {own.shown(floor)} that this model "
+                    f"can reach; raise --{what.replace('_', '-')}"
+                )
+        names = ", ".join(f"{own.resource.name} {own.shown(own.most)}" for own in wanted)
+        return f"each of the budgets can be met alone, but not together: {names}; raise one of them"
+
+    def _floor(self, own: Limit) -> float:
+        """Return the least that a plan needs of a resource."""
+        least, share = self._costs(own.resource), self.program.variable(integral=False)
+        rows = [
+            Budget({**cost, share: -own.dense}, -constant) for cost, constant in least
+        ]  # share x dense is at least every sum
+        found = self.program.solve({share: 1.0}, rows)
+        assert found is not None  # the dense model has a share of 1
+        choice = self.posed.graph.choice(found[0].keep, found[0].removed)
+        return own.resource.under(choice)
+
+
+def doubts(plan: Plan) -> tuple[str, ...]:
+    """Return why a plan may not be worth a training, in words; empty if it is."""
+    p = plan.predicted
+    gain, less = 1 - p.fraction, 1 - p.macs / p.dense_macs
+    if any(own.name == plan.profile for own in plan.limits) and plan.target_fraction > 1 - _WORTH:
+        return (f"this budget gains less than {_WORTH:.0%}: not worth a training",)
+    if gain < _WORTH and less > 4 * max(gain, 0.01):
+        return (f"MACs fall {less:.0%} but latency {max(gain, 0.0):.0%} on {plan.profile}",)
+    return ()
 
 
 def _check_covers(importance: Importance, graph: Graph, options: Mapping[str, Sequence[int]]) -> None:
@@ -104,174 +315,3 @@ def _check_covers(importance: Importance, graph: Graph, options: Mapping[str, Se
             f"importance {importance.name!r} does not say what cutting {missing[0]} costs; measure it for the "
             "candidates of this profile and table"
         )
-
-
-def budget(latency: float | str, dense_s: float, *, measured: bool) -> float:
-    """Return the budget in the unit of `dense_s`; raises PlanError if `latency` cannot be read."""
-    match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(s|ms|us|µs|%|)\s*", str(latency))
-    try:
-        value, unit = (float(match[1]), match[2]) if match else (math.nan, "")
-    except ValueError:
-        value, unit = math.nan, ""
-    if not 0 < value < math.inf or (unit in ("", "%") and value * _UNITS[unit] > 1):
-        raise PlanError(f"latency {latency!r} is not a fraction of the dense latency (0.5, '50 %') or a time ('3 ms')")
-    if unit in ("", "%"):
-        return value * _UNITS[unit] * dense_s
-    if not measured:
-        raise PlanError(
-            f"latency {latency!r} needs a table measured on the device; run `espalier calibrate` or give a fraction"
-        )
-    return value * _UNITS[unit]
-
-
-def candidates(graph: Graph, profile: Profile, scope: Scope | None = None) -> dict[str, tuple[int, ...]]:
-    """Return for each width inside blocks or between layers what the profile holds useful, the dense one last.
-
-    That is the multiples of the profile's quantum, and one half of it, which padding may still reward. The stream of a
-    residual network (a width tied over several layers) stays whole.
-    """
-    found = {}
-    for width in graph.cuttable:
-        if not width.is_stream:
-            least = min(width.size, scope.at_least(width) if scope else 1)
-            counts = _multiples(width.size, _quantum(graph, profile, width))
-            found[width.name] = tuple(count for count in counts if count >= least)
-    return found
-
-
-def _quantum(graph: Graph, profile: Profile, width: Width) -> int:
-    """Return the least common multiple of the quanta of all operations that make or read a width, per channel of it."""
-    quanta = [1]
-    for operation in graph.operations:
-        for axis, extent in (("out_channels", operation.outputs), ("in_channels", operation.inputs)):
-            for name, times in extent.parts:
-                if name == width.name:
-                    q = profile.quantum(operation.kind, axis)
-                    quanta.append(q // math.gcd(q, times))
-    return math.lcm(*quanta)
-
-
-def _multiples(size: int, quantum: int) -> tuple[int, ...]:
-    step = quantum * max(1, math.ceil(size / quantum / _MOST))
-    found = {size, *range(step, size, step)}
-    if quantum > 1 and quantum // 2 < size:
-        found.add(quantum // 2)
-    return tuple(sorted(found))
-
-
-def useful(graph: Graph, costs: Costs, options: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Drop candidates that cost as much as a wider one: the rest are the tops of this device's steps."""
-    kept = {}
-    for name, counts in options.items():
-        best, tops = math.inf, []
-        for count in sorted(counts, reverse=True):
-            cost = costs.latency(graph, graph.choice({name: count}))
-            if cost < best:
-                tops.append(count)
-                best = cost
-        kept[name] = tuple(reversed(tops))
-    return kept
-
-
-def _solve(program: Program, importance: Importance, budget_s: float, dense_s: float) -> tuple[Choice, Proof]:
-    program.add_choices()
-    program.add_costs()
-    found = program.solve(program.losses(importance), budget=budget_s)
-    if found is None:
-        lowest = program.solve(program.cost, budget=None)
-        assert lowest is not None  # without a budget everything fits
-        floor_s = lowest[1].objective + program.constant_s
-        shown, floor = (
-            f"{value / dense_s:.3g} of dense" + ("" if isinstance(program.costs, Rules) else f" ({value * 1e3:.3g} ms)")
-            for value in (budget_s, floor_s)
-        )
-        raise PlanError(f"latency budget {shown} is below the floor {floor} that this model can reach; raise --latency")
-    return found
-
-
-@dataclass(frozen=True)
-class _Problem:
-    graph: Graph
-    profile: Profile
-    costs: Costs
-    options: Mapping[str, Sequence[int]]
-    importance: Importance
-
-    def written(self, choice: Choice, proof: Proof, fraction: float) -> Plan:
-        """Return the solution as the plan that is kept."""
-        widths = tuple(
-            WidthPlan(
-                name=name,
-                dense=self.graph.width[name].size,
-                keep=choice.keep[name],
-                considered=tuple(counts),
-                structure=self.graph.width[name].structure,
-                lossless=self.graph.width[name].lossy is None,
-                cost_s=_marginal(self.graph, self.costs, name, choice.keep[name]),
-            )
-            for name, counts in self.options.items()
-        )
-        blocks = tuple(
-            BlockPlan(name=b.name, removed=b.name in choice.removed) for b in self.graph.blocks if not b.frozen
-        )
-        return Plan(
-            profile=self.profile.id,
-            fingerprint=self.graph.fingerprint,
-            inputs=tuple(InputSpec(shape=shape, dtype=dtype) for shape, dtype in self.graph.inputs),
-            target_fraction=fraction,
-            widths=widths,
-            blocks=blocks,
-            pools=per_width_pools(widths, blocks),
-            importance=self.importance.name,
-            predicted=forecast(self.costs, self.graph, choice),
-            proof=proof,
-        )
-
-
-def _marginal(graph: Graph, costs: Costs, name: str, keep: int) -> float:
-    """Return what one removed channel of a width saves on average, 0 if none is removed."""
-    dense = graph.width[name].size
-    base = costs.latency(graph, graph.dense)
-    if not keep or keep == dense:
-        return 0.0
-    return max(0.0, base - costs.latency(graph, graph.choice({name: keep}))) / (dense - keep)
-
-
-def per_width_pools(widths: Sequence[WidthPlan], blocks: Sequence[BlockPlan]) -> tuple[Pool, ...]:
-    """Return one pool per narrowed width (budget: channels kept) and one per removed block (budget: 0)."""
-    narrowed = [
-        Pool(name=w.name, structure=w.structure, members=(w.name,), weights=(1.0,), costs=(1.0,), budget=w.keep)
-        for w in widths
-        if 0 < w.keep < w.dense
-    ]
-    leaving = [
-        Pool(name=b.name, structure="depth", members=(b.name,), weights=(1.0,), costs=(1.0,), budget=0.0)
-        for b in blocks
-        if b.removed
-    ]
-    return (*narrowed, *leaving)
-
-
-def with_global_budget(plan: Plan, model: nn.Module) -> Plan:
-    """Return the plan with one pool over all narrowed widths instead of one each: costs in seconds, one budget.
-
-    How many channels each width keeps is then decided in training. a_j is the mean squared norm of a width's channels,
-    so that x_j²/(a_j d_j) compares channels of different layers; the largest is 1. Widths that cost no time keep
-    their own pools.
-    """
-    graph = plan.graph(model)
-    narrowed = [w for w in plan.widths if 0 < w.keep < w.dense and w.cost_s > 0]
-    if not narrowed:
-        raise PlanError("the plan narrows no width that costs time, so there is nothing to share a budget")
-    norms = group([Filter(graph.width[w.name]) for w in narrowed], model).norms(dict(model.named_parameters()))
-    power = [float(part.square().mean()) for part in torch.split(norms, [w.dense for w in narrowed])]
-    pool = Pool(
-        name="global",
-        structure="filter",
-        members=tuple(w.name for w in narrowed),
-        weights=tuple(max(value / max(power), 1e-6) for value in power),
-        costs=tuple(w.cost_s for w in narrowed),
-        budget=sum(w.keep * w.cost_s for w in narrowed),
-    )
-    others = tuple(own for own in plan.pools if own.structure == "depth" or own.name not in pool.members)
-    return plan.model_copy(update={"pools": (pool, *others)})

@@ -40,7 +40,10 @@ class WidthPlan(_Part):
     considered: tuple[int, ...]
     structure: Literal["filter", "hidden", "head", "embedding"] = "filter"
     lossless: bool = True  # removing channels whose weights are zero changes no output
-    cost_s: Annotated[float, Field(ge=0)]  # what one channel costs on average: (latency dense - latency kept) / removed
+    cost_s: Annotated[float, Field(ge=0)]  # what one more channel would cost: its share of the next step of the device
+    quantum: Annotated[int, Field(gt=0)] = 1  # the step of the device for all layers that the width touches
+    losses: tuple[float, ...] = ()  # of each candidate considered, alone
+    fractions: tuple[float, ...] = ()  # latency of dense with each candidate, all else as planned
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -98,6 +101,26 @@ class Proof(_Part):
     objective: float
     bound: float
     gap: float
+    solved_s: Annotated[float, Field(ge=0)] = 0.0
+
+
+class LimitPlan(_Part):
+    """One constraint of the plan: in its unit, or in fractions of the dense model where only ratios are known."""
+
+    name: str  # "latency on PROFILE", "parameters", "model_bytes", "activation_bytes" or "macs"
+    given: str
+    unit: Literal["s", "B", "", "of dense"]
+    dense: Positive
+    budget: Positive
+    planned: Annotated[float, Field(ge=0)]
+
+
+class Strength(_Part):
+    """How WGSEF's step sizes rise in training, as planner.prox states it; the strength follows the optimizer's rate."""
+
+    total: Positive = 6.0  # the sum of the step sizes
+    shrinking: Annotated[float, Field(gt=0, le=1)] = 0.5  # the share of the steps in which groups shrink
+    anneal: Annotated[float, Field(ge=0, le=1)] = 0.0  # the share of those in which budgets fall to the target
 
 
 class Plan(_Part):
@@ -111,6 +134,10 @@ class Plan(_Part):
     widths: tuple[WidthPlan, ...]
     blocks: tuple[BlockPlan, ...]
     pools: tuple[Pool, ...]
+    limits: tuple[LimitPlan, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()  # widths that keep the same share of their channels
+    strength: Strength = Strength()
+    profile_sha256: str | None = None
     debiased: bool = True
     lossy: bool = False  # widths that a layer normalisation runs over were offered too
     forced: bool = False  # structures are cut, and gathers made, although the profile does not say that it pays
@@ -141,6 +168,27 @@ class Plan(_Part):
         basis = "measured elsewhere" if found == "measured here" else found
         predicted = self.predicted.model_copy(update={"basis": basis})
         return self.model_copy(update={"predicted": predicted, "notes": (*self.notes, *reasons)})
+
+    def diff(self, other: "Plan") -> tuple[str, ...]:
+        """Return what `other` decides differently, a line each; empty if both keep the same."""
+        kept, removed = other.choice.keep, other.choice.removed
+        lines = [
+            f"{name}: {count or 'removed'} -> {kept[name] or 'removed'}"
+            for name, count in self.choice.keep.items()
+            if name in kept and kept[name] != count
+        ]
+        lines += [f"{name}: only in this plan" for name in self.choice.keep if name not in kept]
+        lines += [f"{name}: only in the other plan" for name in kept if name not in self.choice.keep]
+        lines += [f"block {name} leaves" for name in sorted(removed - self.choice.removed)]
+        lines += [f"block {name} stays" for name in sorted(self.choice.removed - removed)]
+        for what, own, others in (
+            ("profile", self.profile, other.profile),
+            ("model", self.fingerprint, other.fingerprint),
+            ("importance", self.importance, other.importance),
+            ("latency of dense", f"{self.predicted.fraction:.3f}", f"{other.predicted.fraction:.3f}"),
+        ):
+            lines += [f"{what}: {own} -> {others}"] if own != others else []
+        return tuple(lines)
 
     def save(self, path: Path | str) -> None:
         """Write the plan as JSON with its digest, atomically."""

@@ -32,10 +32,10 @@ from torch import nn
 
 import backends
 import profiles
+from planner.candidates import candidates
 from planner.graph import Graph
 from planner.latency import LatencyTable, Probe, Rules
 from planner.operations import Choice
-from planner.search import candidates
 from profiles import Profile, atomic
 from profiles.errors import BackendUnavailable, EspalierError
 from tools.calibrate import Bench, bench, calibrate, measure_choices

@@ -32,9 +32,9 @@ import planner
 from backends import rebuild
 from backends.weights import load_into_, read
 from planner import Plan, Recipe, envelope
+from planner.document import per_width_pools
 from planner.pools import Pools, pools
 from planner.prox import Schedule
-from planner.search import per_width_pools
 from planner.spec import BlockPlan, InputSpec, Prediction, Proof, WidthPlan
 from profiles.errors import EspalierError
 from tools.batches import Data

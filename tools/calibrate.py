@@ -25,10 +25,11 @@ from backends import Candidate, Measurement, compare, load
 from backends.contract import Runtime
 from backends.rebuild import cut
 from backends.samples import Samples
+from planner.candidates import candidates
 from planner.graph import Graph, trace
 from planner.latency import ESTIMATE, LatencyTable, Probe, cross_validated, fit, keys
 from planner.operations import Choice
-from planner.search import candidates
+from planner.widths import Width
 from profiles import Machine, Profile, atomic
 from profiles.errors import BackendUnavailable, PlanError
 from tools.design import Options, design

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from backends import export_onnx
 from backends.artifact import TensorSpec, sha256_of, specs_of
 from backends.settings import number
+from planner.candidates import candidates
 from planner.graph import Graph, random_input, trace
 from planner.latency import LatencyTable, Probe
 from planner.operations import Choice
-from planner.search import candidates
 from profiles import BackendUnavailable, PlanError, Profile, atomic, load
 from tools.calibrate import Progress, batch_of, fitted_at, network, random_samples
 from tools.design import design

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 import planner
 from planner import Graph, Importance, LatencyTable, Plan, Scope
+from planner.candidates import candidates, paying
 from planner.importance import Batch, questions
-from planner.search import candidates, paying
 from planner.train import Batches
 from profiles import Profile, atomic
 from tools.calibrate import Bench, refined

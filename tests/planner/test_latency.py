@@ -13,11 +13,11 @@ from torch import nn
 import planner
 import profiles
 from planner import LatencyTable
+from planner.candidates import candidates
 from planner.graph import Graph, trace
 from planner.latency import Probe, Rules, cross_validated, fit, forecast, keys
 from planner.operations import Choice
 from planner.roofline import EXPECTED_ERROR
-from planner.search import candidates
 from profiles import Profile
 from profiles.errors import PlanError
 from tools.examples import cifar10, imagenet

@@ -17,7 +17,7 @@ from planner.groups import Groups
 from planner.importance import Importance
 from planner.pools import Pools, excess, pools
 from planner.prox import Schedule
-from planner.search import with_global_budget
+from planner.document import with_global_budget
 from planner.spec import Pool
 from profiles.errors import PlanError
 from tools.examples.resnet import ResNet

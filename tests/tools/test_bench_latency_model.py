@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import profiles
+from planner.candidates import candidates
 from planner.graph import Graph, trace
 from planner.latency import LatencyTable, Probe, Rules, keys
 from planner.operations import Choice
-from planner.search import candidates
 from profiles.errors import EspalierError
 from tests.planner.nets import table_of
 from tools import bench_latency_model as bench

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from planner.candidates import candidates
 from planner.latency import LatencyTable
-from planner.search import candidates
 from profiles import Machine, load
 from tools import calibrate as calibration
 from tools.calibrate import Bench, Countdown, batch_of, belongs, bench, calibrate, refined

@@ -1,0 +1,135 @@
+"""The solution of the integer program, written as the plan that people review and training follows."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from planner.graph import Graph
+from planner.groups import group
+from planner.importance import Importance
+from planner.latency import Costs, forecast
+from planner.operations import Choice
+from planner.resources import Resource
+from planner.spec import BlockPlan, InputSpec, LimitPlan, Plan, Pool, Proof, WidthPlan, canonical
+from planner.structures import Filter
+from profiles import Profile
+from profiles.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Document:
+    """What was planned, and with what."""
+
+    graph: Graph
+    profile: Profile
+    costs: Costs
+    time: Resource  # on `profile`
+    options: Mapping[str, Sequence[int]]
+    quanta: Mapping[str, int]
+    importance: Importance
+
+    def written(self, choice: Choice, proof: Proof, limits: Sequence[LimitPlan], fraction: float) -> Plan:
+        """Return the plan of a solution."""
+        widths = tuple(self._width(name, choice) for name in self.options)
+        free = (block for block in self.graph.blocks if not block.frozen)
+        blocks = tuple(BlockPlan(name=block.name, removed=block.name in choice.removed) for block in free)
+        return Plan(
+            profile=self.profile.id,
+            profile_sha256=hashlib.sha256(canonical(self.profile.model_dump(mode="json"))).hexdigest(),
+            fingerprint=self.graph.fingerprint,
+            inputs=tuple(InputSpec(shape=shape, dtype=dtype) for shape, dtype in self.graph.inputs),
+            target_fraction=fraction,
+            limits=tuple(limits),
+            widths=widths,
+            blocks=blocks,
+            pools=per_width_pools(widths, blocks),
+            importance=self.importance.name,
+            predicted=forecast(self.costs, self.graph, choice),
+            proof=proof,
+        )
+
+    def _width(self, name: str, choice: Choice) -> WidthPlan:
+        width, counts, kept = self.graph.width[name], tuple(self.options[name]), choice.keep[name]
+        seconds = self._seconds(name, choice)
+        dense_s = self.time.under(self.graph.dense)
+        losses = self.importance.widths[name]
+        return WidthPlan(
+            name=name,
+            dense=width.size,
+            keep=kept,
+            considered=counts,
+            structure=width.structure,
+            lossless=width.lossy is None,
+            cost_s=_marginal(counts, seconds, kept),
+            quantum=self.quanta[name],
+            losses=tuple(losses[count] for count in counts),
+            fractions=tuple(found / dense_s for found in seconds),
+        )
+
+    def _seconds(self, name: str, choice: Choice) -> list[float]:
+        """Return the latency with each candidate of a width, all else as chosen; the block around it stays."""
+        (terms,) = self.time.sums
+        block = self.graph.width[name].block
+        chosen = self.graph.choice(choice.keep, choice.removed - {block or ""})
+        touched = [term for term in terms if any(name == own for e in term.extents for own, _ in e.parts)]
+        gone = [own for own in self.options if own != name and not choice.keep[own]]  # priced as if dense
+        full = self.graph.choice({**chosen.keep, **{own: self.graph.width[own].size for own in gone}}, chosen.removed)
+
+        def of(count: int) -> float:
+            trial = Choice({**full.keep, name: count}, full.removed)
+            return sum(term.under(trial) for term in touched)
+
+        now = choice.keep[name]
+        base = self.time.under(self.graph.choice(choice.keep, choice.removed)) - (of(now) if now else 0.0)
+        return [base + of(count) for count in self.options[name]]
+
+
+def _marginal(counts: Sequence[int], seconds: Sequence[float], kept: int) -> float:
+    """Return what each channel of the step above those kept costs: the channels of one step share its cost."""
+    if kept not in counts or kept == counts[-1]:
+        return 0.0
+    at = counts.index(kept)
+    return max(0.0, seconds[at + 1] - seconds[at]) / (counts[at + 1] - kept)
+
+
+def per_width_pools(widths: Sequence[WidthPlan], blocks: Sequence[BlockPlan]) -> tuple[Pool, ...]:
+    """Return one pool per narrowed width (budget: channels kept) and one per removed block (budget: 0)."""
+    narrowed = [
+        Pool(name=w.name, structure=w.structure, members=(w.name,), weights=(1.0,), costs=(1.0,), budget=w.keep)
+        for w in widths
+        if 0 < w.keep < w.dense
+    ]
+    leaving = [
+        Pool(name=b.name, structure="depth", members=(b.name,), weights=(1.0,), costs=(1.0,), budget=0.0)
+        for b in blocks
+        if b.removed
+    ]
+    return (*narrowed, *leaving)
+
+
+def with_global_budget(plan: Plan, model: nn.Module) -> Plan:
+    """Return the plan with one pool over all narrowed widths instead of one each: costs in seconds, one budget.
+
+    How many channels each width keeps is then decided in training. a_j is the mean squared norm of a width's channels,
+    so that x_j²/(a_j d_j) compares channels of different layers; the largest is 1. Widths that cost no time keep
+    their own pools.
+    """
+    graph = plan.graph(model)
+    narrowed = [w for w in plan.widths if 0 < w.keep < w.dense and w.cost_s > 0]
+    if not narrowed:
+        raise PlanError("the plan narrows no width that costs time, so there is nothing to share a budget")
+    norms = group([Filter(graph.width[w.name]) for w in narrowed], model).norms(dict(model.named_parameters()))
+    power = [float(part.square().mean()) for part in torch.split(norms, [w.dense for w in narrowed])]
+    pool = Pool(
+        name="global",
+        structure="filter",
+        members=tuple(w.name for w in narrowed),
+        weights=tuple(max(value / max(power), 1e-6) for value in power),
+        costs=tuple(w.cost_s for w in narrowed),
+        budget=sum(w.keep * w.cost_s for w in narrowed),
+    )
+    others = tuple(own for own in plan.pools if own.structure == "depth" or own.name not in pool.members)
+    return plan.model_copy(update={"pools": (pool, *others)})

@@ -1,0 +1,143 @@
+"""What a choice costs, each as sums of terms that one or two axes decide: time, operations, parameters, activations."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from planner.graph import Graph
+from planner.latency import Costs
+from planner.operations import Choice, Extent
+from planner.roofline import BYTES
+from profiles import Profile
+
+
+@dataclass(frozen=True)
+class Product:
+    """A price that is proportional to the length of every axis."""
+
+    factor: float
+
+    def __call__(self, *lengths: int) -> float:
+        """Return the price at these lengths."""
+        return self.factor * math.prod(lengths)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A cost that depends on the lengths of some axes, and is gone with any of `blocks`."""
+
+    extents: tuple[Extent, ...]
+    blocks: frozenset[str]
+    price: Callable[..., float]
+
+    def under(self, choice: Choice) -> float:
+        """Return the cost under a choice that names every width."""
+        if not self.blocks.isdisjoint(choice.removed):
+            return 0.0
+        return self.price(*(extent.under(choice) for extent in self.extents))
+
+
+@dataclass(frozen=True)
+class Resource:
+    """What can be limited: the largest of several sums of terms."""
+
+    name: str
+    unit: str
+    sums: tuple[tuple[Term, ...], ...]
+    constant: float = 0.0
+
+    def under(self, choice: Choice) -> float:
+        """Return how much of it a choice needs."""
+        return self.constant + max((sum(term.under(choice) for term in terms) for terms in self.sums), default=0.0)
+
+
+def time(graph: Graph, costs: Costs, name: str) -> Resource:
+    """Return the seconds of one run."""
+    terms = []
+    for operation in graph.operations:
+        price = _Cost(costs, operation)
+        terms.append(Term((operation.inputs, operation.outputs), operation.blocks, price))
+    return Resource(name, "s", (tuple(terms),), costs.overhead_s)
+
+
+@dataclass(frozen=True)
+class _Cost:
+    costs: Costs
+    operation: object
+
+    def __call__(self, inputs: int, outputs: int) -> float:
+        return self.costs.cost(self.operation, inputs, outputs)  # type: ignore[arg-type]
+
+
+def operations(graph: Graph) -> Resource:
+    """Return the multiply-accumulates of one run."""
+    terms = []
+    for o in graph.operations:
+        if o.macs_per_pair:
+            axes = (o.outputs,) if o.grouped else (o.inputs, o.outputs)
+            terms.append(Term(axes, o.blocks, Product(o.macs_per_pair)))
+    return Resource("macs", "", (tuple(terms),))
+
+
+def parameters(graph: Graph, model: nn.Module) -> Resource:
+    """Return the number of trained numbers."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    axes = _axes(graph, shapes)
+    inside = {block.name: block.modules for block in graph.blocks}
+    terms = []
+    for name, shape in shapes.items():
+        blocks = frozenset(b for b, modules in inside.items() if name.rpartition(".")[0] in modules)
+        whole = math.prod(size for axis, size in enumerate(shape) if (name, axis) not in axes)
+        extents = tuple(axes[name, axis] for axis in range(len(shape)) if (name, axis) in axes)
+        terms.append(Term(extents, blocks, Product(whole)))
+    return Resource("parameters", "", (tuple(terms),))
+
+
+def _axes(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Extent]:
+    """Return the length of every axis of a parameter that a width can cut."""
+    parts: dict[tuple[str, int], dict[str, int]] = {}
+    for width in graph.cuttable:
+        for piece in width.slices:
+            if piece.tensor in shapes:
+                own = parts.setdefault((piece.tensor, piece.axis), {})
+                own[width.name] = own.get(width.name, 0) + int(np.count_nonzero(piece.units >= 0)) // width.size
+    return {
+        (tensor, axis): Extent(
+            shapes[tensor][axis] - sum(times * graph.width[name].size for name, times in own.items()),
+            tuple(own.items()),
+        )
+        for (tensor, axis), own in parts.items()
+    }
+
+
+def model_bytes(graph: Graph, model: nn.Module, profile: Profile) -> Resource:
+    """Return the bytes of the parameters in the profile's number format, without what a file adds."""
+    found, each = parameters(graph, model), BYTES[profile.dtype.weights]
+    return Resource("model_bytes", "B", tuple(tuple(_times(term, each) for term in terms) for terms in found.sums))
+
+
+def activation_bytes(graph: Graph, profile: Profile) -> Resource:
+    """Return the most bytes of activations that are needed at once, in the profile's number format."""
+    each = BYTES[profile.dtype.activations]
+    sums = tuple(
+        tuple(Term((a.channels,), a.blocks, Product(a.per_channel * each)) for a in alive) for alive in graph.alive
+    )
+    return Resource("activation_bytes", "B", sums)
+
+
+def _times(term: Term, factor: float) -> Term:
+    assert isinstance(term.price, Product)
+    return Term(term.extents, term.blocks, Product(term.price.factor * factor))
+
+
+def on_chip_bytes(profile: Profile) -> int | None:
+    """Return the capacity of the largest memory on the chip, None if the profile does not state one."""
+    return max((m.capacity_bytes for m in profile.memory if m.on_chip and m.capacity_bytes), default=None)
+
+
+def widths_of(extents: Collection[Extent]) -> tuple[str, ...]:
+    """Return the widths that decide the lengths of some axes, in order."""
+    return tuple(dict.fromkeys(name for extent in extents for name, _ in extent.parts))
