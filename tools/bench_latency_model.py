@@ -91,7 +91,7 @@ def configurations(graph: Graph, profile: Profile, count: int, *, seed: int) -> 
 
     How much is cut differs from network to network and from width to width, as in plans; streams stay whole.
     """
-    options = candidates(graph, profile)
+    options = {name: own for name, own in candidates(graph, profile).items() if not graph.width[name].is_stream}
     random, made = np.random.default_rng(seed), []
     blocks = [block.name for block in graph.blocks if not block.frozen]
     for index in range(count):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import planner
 from backends.rebuild import rebuild
 from planner import Plan, attach, harden_
+from planner.document import with_global_budget
 from planner.graph import trace
 from planner.groups import Groups
 from planner.importance import Importance
 from planner.pools import Pools, excess, pools
 from planner.prox import Schedule
-from planner.document import with_global_budget
 from planner.spec import Pool
 from profiles.errors import PlanError
 from tools.examples.resnet import ResNet

@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain, combinations, product
@@ -17,7 +17,7 @@ from torch import nn
 
 import planner
 import profiles
-from planner import Importance, Limits, Plan, resources
+from planner import Importance, Plan, resources
 from planner.candidates import candidates, useful
 from planner.document import with_global_budget
 from planner.graph import Graph, trace
@@ -273,14 +273,17 @@ def test_what_is_no_budget_is_refused(given: float | str) -> None:
 
 def test_seconds_need_a_table() -> None:
     model, _ = example("VGG")
-    with pytest.raises(PlanError, match=r"'3 ms' needs a table measured on any\.pytorch\.fp32; run `espalier calibrate`"):
+    with pytest.raises(
+        PlanError, match=r"'3 ms' needs a table measured on any\.pytorch\.fp32; run `espalier calibrate`"
+    ):
         planner.plan(model, INPUTS, nets.anywhere(), latency="3 ms")
 
 
 def test_a_budget_below_the_floor_names_the_floor() -> None:
     model, graph = example("residual, option B")
+    whole = planner.Scope(op_names_re=(r"conv1$",), exclude_op_names=("conv1",))
     with pytest.raises(PlanError, match=r"budget 0\.01 of dense is below the floor 0\.\d+ of dense that .*--latency"):
-        planner.plan(model, INPUTS, nets.anywhere(), latency=0.01)
+        planner.plan(model, INPUTS, nets.anywhere(), latency=0.01, scope=whole)
     options = candidates(graph, nets.anywhere())
     table = table_of(graph, dict.fromkeys(keys(graph, options), 1e-3))
     with pytest.raises(PlanError, match=r"0\.125 of dense \(2 ms\) is below the floor 0\.25 of dense \(4\.01 ms\)"):
@@ -306,7 +309,9 @@ def test_candidates_are_multiples_of_the_quantum(profile_id: str) -> None:
     quantum = max(profile.quantum("conv2d", "out_channels"), profile.quantum("conv2d", "in_channels"))
     assert quantum > 1
     found = candidates(graph, profile)
-    assert list(found) == ["layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]
+    assert list(found) == [
+        *("conv1", "layer1.0.conv1", "layer2.0.conv1", "layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2")
+    ]
     for name, counts in found.items():
         dense = graph.width[name].size
         assert counts[-1] == dense
@@ -321,22 +326,23 @@ def test_half_a_quantum_is_a_candidate_as_padding_may_reward_it() -> None:
     assert candidates(graph, profile) == {"0": (8, 16, 32, 48, 64)}
 
 
-def test_streams_stay_whole() -> None:
+def test_streams_are_planned_beside_inner_widths() -> None:
     _, graph = example("residual, option B")
-    assert set(candidates(graph, nets.anywhere())) == {f"layer{i}.{j}.conv1" for i in (1, 2, 3) for j in (0, 1)}
+    inner = {f"layer{i}.{j}.conv1" for i in (1, 2, 3) for j in (0, 1)}
+    assert set(candidates(graph, nets.anywhere())) == inner | {"conv1", "layer2.0.conv2", "layer3.0.conv2"}
 
 
 def test_useful_drops_widths_that_cost_as_much_as_a_wider_one() -> None:
     graph = trace(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 2)), INPUTS)
     stairs = {8: 8.0, 7: 8.0, 6: 6.0, 5: 7.0, 4: 5.0, 3: 5.0, 2: 1.0, 1: 2.0}
     cost = {key: stairs[key[2]] if key[1] == 3 else 0.0 for key in keys(graph, {"0": range(1, 9)})}
-    assert useful(graph, table_of(graph, cost), {"0": range(1, 9)}) == {"0": (2, 4, 6, 8)}
+    assert useful(graph, [resources.time(graph, table_of(graph, cost), "t")], {"0": range(1, 9)}) == {"0": (2, 4, 6, 8)}
 
 
 def test_useful_knows_the_staircase_of_a_profile() -> None:
     graph = trace(nn.Sequential(conv(16, 64), nn.ReLU(), conv(64, 16)), (torch.ones(1, 16, 8, 8),))
     rules = Rules(profiles.load("x86_64_v4.onnxruntime.fp32"))
-    assert useful(graph, rules, {"0": range(16, 65)}) == {"0": (16, 32, 48, 64)}
+    assert useful(graph, [resources.time(graph, rules, "t")], {"0": range(16, 65)}) == {"0": (16, 32, 48, 64)}
 
 
 # --- plans --------------------------------------------------------------------------------------------------------
