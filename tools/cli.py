@@ -20,7 +20,7 @@ import planner
 from planner import LatencyTable, Plan, Recipe, Scope
 from profiles import atomic
 from profiles.errors import BuildError, EspalierError
-from tools import calibrate_cli, profiles_cli
+from tools import calibrate_cli, plan_cli, profiles_cli
 from tools.scoping import scoped
 
 app = typer.Typer(
@@ -29,6 +29,8 @@ app = typer.Typer(
 app.add_typer(profiles_cli.app, name="profiles")
 app.command()(profiles_cli.detect)
 app.command()(calibrate_cli.calibrate)
+app.command()(plan_cli.plan)
+app.command()(plan_cli.sensitivity)
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 out_console, console = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
 
@@ -93,51 +95,6 @@ def groups(
     for row in rows:
         table.add_row(row["name"], row["kind"], str(row["size"]), ", ".join(row["tied"]), row["frozen"] or "")
     _print(as_json, rows, table)
-
-
-@app.command()
-@scoped
-def plan(
-    scope: Scope,
-    model: Model,
-    latency: Latency = "0.5",
-    out: Annotated[Path, typer.Option("--out", help="where to write the plan")] = Path("plan.json"),
-    table: Annotated[Path | None, typer.Option("--table", help="latency table from calibrate")] = None,
-    profile: ProfileId = None,
-    inputs: Inputs = None,
-    data: MaybeData = None,
-    weights: Weights = None,
-    global_budget: Annotated[
-        bool, typer.Option("--global-budget", help="one budget in seconds over all widths")
-    ] = False,
-    any_table: Annotated[
-        bool, typer.Option("--any-table", help="use --table though it was measured under other conditions; noted")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Choose widths and blocks for a latency budget; with --data, by the loss that each cut costs."""
-    from tools.calibrate import elsewhere
-    from tools.console import Stage
-    from tools.explain import plan_table
-    from tools.pipeline import chosen
-    from tools.planning import Brief, contest, sensitivity
-    from tools.sources import example_inputs, load_data, load_model
-
-    net, source = load_model(model, weights), load_data(data) if data else None
-    example = example_inputs(inputs, source.test if source else None)
-    device, costs = chosen(profile), LatencyTable.load(table) if table else None
-    reasons = elsewhere(costs, device, example, any_table=any_table) if costs else []
-    importance = None
-    if source:
-        brief, stage = Brief(net, example, device, latency, source.train, scope), Stage(console)
-        graph = brief.graph()
-        importance = contest(brief, graph, costs, sensitivity(brief, graph, stage), stage)
-    made = planner.plan(net, example, device, latency=latency, table=costs, importance=importance, scope=scope)
-    if global_budget:
-        made = planner.with_global_budget(made, net)
-    made = made.from_elsewhere(tuple(reasons)) if reasons else made
-    made.save(out)
-    _print(as_json, made.model_dump(mode="json"), plan_table(made))
 
 
 @app.command()

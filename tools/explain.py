@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from planner import Graph, Plan
+from planner.spec import WidthPlan
 from planner.structures import of_width
 from profiles.errors import PlanError
 
@@ -58,6 +59,39 @@ def explained(graph: Graph, name: str) -> dict[str, Any]:
     return {"name": name, "told": told}
 
 
+def reasons(plan: Plan, name: str) -> list[str]:
+    """Return why a plan keeps what it keeps of the width or block `name`; raises PlanError if it names neither."""
+    width = next((own for own in plan.widths if own.name == name), None)
+    block = next((own for own in plan.blocks if own.name == name), None)
+    if width is None and block is None:
+        known = [*(own.name for own in plan.widths), *(own.name for own in plan.blocks)]
+        near = difflib.get_close_matches(name, known, n=3) or known[:5]
+        raise PlanError(f"the plan has no width or block {name!r}; near it: {', '.join(near)}")
+    told = [f"block {name} {'leaves' if block.removed else 'stays'}"] if block else []
+    return told + (_of_width(plan, width) if width else [])
+
+
+def _of_width(plan: Plan, width: WidthPlan) -> list[str]:
+    kept = f"keeps {width.keep} of {width.dense}" if width.keep else "leaves with the block around it"
+    told = [f"{width.structure} {width.name} {kept}; {plan.profile} computes it in steps of {width.quantum}"]
+    if next_ := _next_useful(width):
+        told.append(next_)
+    rows = zip(width.considered, width.fractions, width.losses, strict=True)
+    for count, fraction, loss in rows:
+        mark = " <- kept" if count == width.keep else ""
+        told.append(f"  {count:>5}: latency {fraction:.3f} of dense, loss {loss:+.4g} ({plan.importance}){mark}")
+    return told
+
+
+def _next_useful(width: WidthPlan) -> str | None:
+    """Return which width is the next useful one below what is kept, None where every width is a step."""
+    below = max((count for count in width.considered if count < (width.keep or width.dense)), default=None)
+    if below is None:
+        return None
+    top = min(width.dense, -(-(below + 1) // width.quantum) * width.quantum)
+    return f"{below + 1} costs as much as {top}; {below} is the next useful width" if top > below + 1 else None
+
+
 def plan_table(plan: Plan) -> Table:
     """Return what a plan keeps, for the terminal."""
     table = Table("width", "dense", "keep", "chosen from", box=None, title=f"plan for {plan.profile}")
@@ -69,6 +103,11 @@ def plan_table(plan: Plan) -> Table:
     remedy = "; run calibrate for times" if p.basis == "documented" else ""
     table.caption = (
         f"predicted latency {p.fraction:.3f} ({p.low:.3f} to {p.high:.3f}) of dense{seconds} ({p.trust}{remedy}); "
-        f"MACs {p.macs / p.dense_macs:.3f} of dense; solved to gap {plan.proof.gap:g}"
+        f"MACs {p.macs / p.dense_macs:.3f} of dense; solved to gap {plan.proof.gap:g} in {plan.proof.solved_s:.1f} s"
     )
+    for own in plan.limits:
+        if own.name != plan.profile:
+            table.caption += f"\n{own.name}: {own.planned:.4g} of at most {own.budget:.4g} {own.unit}"
+    for note in plan.notes:
+        table.caption += f"\nnote: {note}"
     return table

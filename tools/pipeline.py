@@ -16,8 +16,9 @@ from backends.rebuild import rebuild
 from backends.registry import known
 from backends.weights import save
 from planner import LatencyTable, Moment, Plan, Recipe, Scope
+from planner.search import doubts
 from profiles import Profile, atomic
-from profiles.errors import BuildError, EspalierError, ProfileError
+from profiles.errors import BuildError, EspalierError, PlanError, ProfileError
 from tools import report
 from tools.batches import Data
 from tools.calibrate import Bench, bench, by_compiler, calibrate
@@ -124,9 +125,12 @@ class Run:
         if path.exists():
             return Plan.load(path), table
         brief = Brief(self.dense, self.inputs, self.profile, self.job.latency, self.data.train, self.job.scope)
-        graph = brief.graph()
-        importance = contest(brief, graph, table, sensitivity(brief, graph, self.stage), self.stage)
+        posed = brief.problem(table)
+        importance = contest(brief, posed, sensitivity(brief, posed, self.stage), self.stage)
         plan, table = settled(brief, self.bench, table, importance, self.stage)
+        if not self.job.scope.force:
+            for doubt in doubts(plan):
+                raise PlanError(f"{doubt}; ask for less latency, or add --force to train it anyway")
         table.save(self.job.out / "table.json")
         plan.save(path)
         return plan, table

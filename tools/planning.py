@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import planner
-from planner import Graph, Importance, LatencyTable, Plan, Scope
-from planner.candidates import candidates, paying
+from planner import Graph, Importance, LatencyTable, Limits, Plan, Problem, Scope
 from planner.importance import Batch, questions
+from planner.limits import Latency
+from planner.search import Tables, devices_of
 from planner.train import Batches
 from profiles import Profile, atomic
 from tools.calibrate import Bench, refined
@@ -75,31 +77,30 @@ class Brief:
     model: nn.Module
     inputs: tuple[Tensor, ...]
     profile: Profile
-    latency: str
-    train: Batches
+    latency: Latency | None
+    train: Batches | None
     scope: Scope = field(default_factory=Scope)
+    limits: Limits = field(default_factory=Limits)
 
-    def graph(self) -> Graph:
-        """Trace the model, and keep whole what the scope leaves out and what does not pay."""
-        graph = planner.trace(self.model, self.inputs, lossy=self.scope.lossy)
-        return paying(self.scope.applied(graph, self.model), self.profile, self.scope)[0]
+    def problem(self, tables: Tables) -> Problem:
+        """Trace the model, and take costs from tables where there are some."""
+        devices = devices_of(self.latency, self.profile)
+        return planner.problem(self.model, self.inputs, self.profile, devices=devices, table=tables, scope=self.scope)
 
-    @property
+    @cached_property
     def batches(self) -> list[Batch]:
         """A few hundred training examples."""
         found: list[Batch] = []
-        for x, y in self.train:
+        for x, y in self.train or ():
             found.append((x, y))
             if sum(len(labels) for _, labels in found) >= SENSITIVITY_IMAGES:
                 break
         return found
 
 
-def sensitivity(brief: Brief, graph: Graph, stage: Stage) -> Importance:
+def sensitivity(brief: Brief, posed: Problem, stage: Stage) -> Importance:
     """Measure what each candidate costs in loss; an interrupted measurement goes on where it was."""
-    options = candidates(
-        graph, brief.profile, brief.scope
-    )  # all: a refined table may find others useful than this one does
+    graph, options = posed.graph, posed.options(thrifty=True)  # a refined table may find others useful than this one
     batches, total = brief.batches, questions(graph, options)
     path = user_cache_path("espalier") / "sensitivity" / f"{_identity(brief.model, graph, batches)}.json"
     with stage.phase("measure sensitivity") as phase, fastest(brief.model, batches[0][0]):
@@ -118,38 +119,24 @@ def _identity(model: nn.Module, graph: Graph, batches: Sequence[Batch]) -> str:
     return digest.hexdigest()[:20]
 
 
-def contest(brief: Brief, graph: Graph, table: LatencyTable | None, importance: Importance, stage: Stage) -> Importance:
+def contest(brief: Brief, posed: Problem, importance: Importance, stage: Stage) -> Importance:
     """Return the importance whose price of depth gives the plan that leaves the best network.
 
     Plans for several prices are cut, their BatchNorm statistics taken anew, and their losses compared.
     """
     best, least, seen = importance, float("inf"), set[str]()
-    batches = brief.batches
     with stage.phase("compare depth with width") as phase:
         for index, price in enumerate(DEPTH_PRICES):
             priced = importance.with_depth_priced(price)
-            plan = made(brief, table, priced)
+            plan = posed.solve(brief.latency, brief.limits, importance=priced)
             key = json.dumps([dict(plan.choice.keep), sorted(plan.choice.removed)])
             if key not in seen:
                 seen.add(key)
-                loss = planner.loss_after(brief.model, graph, plan, importance, batches, loss=cross_entropy)
+                loss = planner.loss_after(brief.model, posed.graph, plan, importance, brief.batches, loss=cross_entropy)
                 if loss < least:
                     best, least = priced, loss
             phase.step(f"{len(seen)} plans, best loss {least:.3f}", index + 1, len(DEPTH_PRICES))
     return best
-
-
-def made(brief: Brief, table: LatencyTable | None, importance: Importance) -> Plan:
-    """Return the plan of a brief."""
-    return planner.plan(
-        brief.model,
-        brief.inputs,
-        brief.profile,
-        latency=brief.latency,
-        table=table,
-        importance=importance,
-        scope=brief.scope,
-    )
 
 
 def settled(
@@ -158,10 +145,10 @@ def settled(
     """Plan, measure the planned network, and plan again while the table is off there."""
     with stage.phase("plan") as phase, one_thread():
         for _ in range(REFINEMENTS):
-            plan = made(brief, table, importance)
+            plan = brief.problem(table).solve(brief.latency, brief.limits, importance=importance)
             better, error = refined(bench, table, plan.choice, progress=phase.step)
             phase.note(f"the table was off by {error:+.1%} on the planned network")
             if abs(error) < CLOSE:
                 return plan, table
             table = better
-        return made(brief, table, importance), table
+        return brief.problem(table).solve(brief.latency, brief.limits, importance=importance), table

@@ -1,4 +1,4 @@
-"""The options that say which layers may be cut: one set for every verb that plans."""
+"""The options that say which layers may be cut and what is limited: one set for every verb that plans."""
 
 import inspect
 from collections.abc import Callable
@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from planner import Scope
+from planner import Limits, Scope
+from profiles.errors import EspalierError
 
 _Names = list[str] | None
 OPTIONS: dict[str, Any] = {
@@ -44,3 +45,45 @@ def scoped(command: Callable[..., None]) -> Callable[..., None]:
     with_scope.__signature__ = given.replace(parameters=[*own, *extra])  # type: ignore[attr-defined]
     with_scope.__annotations__ = {p.name: p.annotation for p in (*own, *extra)}
     return with_scope
+
+
+AMOUNTS: dict[str, Any] = {
+    "parameters": Annotated[
+        str | None, typer.Option("--parameters", help="at most so many: 0.5 (of dense) or '1.5 M'")
+    ],
+    "model_bytes": Annotated[str | None, typer.Option("--model-bytes", help="of weights: 0.5 or '2 MB'")],
+    "activation_bytes": Annotated[
+        str | None, typer.Option("--activation-bytes", help="peak over a run: 0.5, '256 KiB' or on-chip")
+    ],
+    "macs": Annotated[str | None, typer.Option("--macs", help="multiply-accumulates: 0.5 or '300 M'")],
+}
+TIED = Annotated[_Names, typer.Option("--tied", metavar="A=B", help="widths that keep the same share of channels")]
+GAP = Annotated[float, typer.Option("--gap", min=0, help="relative gap of the loss at which the solver may stop")]
+
+
+def limited(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of Limits, and the Limits itself as its argument `limits`."""
+    given = inspect.signature(command)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    extra = [inspect.Parameter(name, kind, annotation=hint, default=None) for name, hint in AMOUNTS.items()]
+    extra.append(inspect.Parameter("tied", kind, annotation=TIED, default=None))
+    extra.append(inspect.Parameter("gap", kind, annotation=GAP, default=0.0))
+
+    @wraps(command)
+    def with_limits(**options: Any) -> None:
+        said = {name: options.pop(name) for name in AMOUNTS}
+        tied = tuple(_pair(text) for text in options.pop("tied") or ())
+        limits = Limits(**said, tied=tied, gap=options.pop("gap"))
+        command(**options, limits=limits)
+
+    own = [p.replace(kind=kind) for p in given.parameters.values() if p.name != "limits"]
+    with_limits.__signature__ = given.replace(parameters=[*own, *extra])  # type: ignore[attr-defined]
+    with_limits.__annotations__ = {p.name: p.annotation for p in (*own, *extra)}
+    return with_limits
+
+
+def _pair(text: str) -> tuple[str, str]:
+    one, equal, other = text.partition("=")
+    if not (one and equal and other):
+        raise EspalierError(f"--tied {text!r} does not name two widths; write A=B, as `espalier groups` lists them")
+    return one, other
