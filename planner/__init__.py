@@ -4,7 +4,7 @@ from planner import envelope
 from planner.document import with_global_budget
 from planner.graph import Graph, trace
 from planner.groups import Groups, group
-from planner.importance import Importance, magnitude, measured
+from planner.importance import Importance, at_random, batchnorm_scale, magnitude, measured, supplied, taylor
 from planner.latency import LatencyTable
 from planner.limits import Limits
 from planner.pools import with_structures
@@ -38,7 +38,9 @@ __all__ = [
     "Scope",
     "Structure",
     "accuracy",
+    "at_random",
     "attach",
+    "batchnorm_scale",
     "envelope",
     "fit",
     "group",
@@ -50,6 +52,8 @@ __all__ = [
     "plan",
     "problem",
     "recalibrate_",
+    "supplied",
+    "taylor",
     "trace",
     "with_global_budget",
     "with_structures",

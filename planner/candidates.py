@@ -14,6 +14,7 @@ from profiles import Profile
 from profiles.errors import PlanError
 
 MOST = 12  # candidates per width
+_FEW = 2  # widths on one axis
 
 
 def paying(graph: Graph, profile: Profile, scope: Scope) -> tuple[Graph, tuple[str, ...]]:
@@ -40,13 +41,16 @@ def paying(graph: Graph, profile: Profile, scope: Scope) -> tuple[Graph, tuple[s
 def candidates(graph: Graph, profile: Profile, scope: Scope | None = None) -> dict[str, tuple[int, ...]]:
     """Return for each width what the profile holds useful, the dense one last.
 
-    That is the multiples of the profile's quantum, and one half of it, which padding may still reward. The stream of a
-    residual network (a width that its blocks add to) counts as any other.
+    That is the multiples of the profile's quantum, and one half of it, which padding may still reward, but not of widths
+    that are joined with many others: there it only shifts where steps begin. The stream of a residual network (a width
+    that its blocks add to) counts as any other.
     """
     found = {}
+    sides = [side for operation in graph.operations for side in (operation.inputs, operation.outputs)]
+    joined = {name for side in sides if len(side.parts) > _FEW for name, _ in side.parts}
     for width in graph.cuttable:
         least = min(width.size, scope.at_least(width) if scope else 1)
-        counts = _multiples(width.size, quantum(graph, profile, width))
+        counts = _multiples(width.size, quantum(graph, profile, width), half=width.name not in joined)
         found[width.name] = tuple(count for count in counts if count >= least)
     return found
 
@@ -63,10 +67,10 @@ def quantum(graph: Graph, profile: Profile, width: Width) -> int:
     return math.lcm(*quanta)
 
 
-def _multiples(size: int, quantum: int) -> tuple[int, ...]:
+def _multiples(size: int, quantum: int, *, half: bool) -> tuple[int, ...]:
     step = quantum * max(1, math.ceil(size / quantum / MOST))
     found = {size, *range(step, size, step)}
-    if quantum > 1 and quantum // 2 < size:
+    if half and quantum > 1 and quantum // 2 < size:
         found.add(quantum // 2)
     return tuple(sorted(found))
 

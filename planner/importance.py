@@ -14,6 +14,7 @@ from planner.graph import Graph
 from planner.groups import Groups, group
 from planner.structures import Depth, Filter, Structure
 from planner.widths import Width
+from profiles.errors import PlanError
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -38,13 +39,77 @@ class Importance:
 def magnitude(model: nn.Module, graph: Graph, candidates: Candidates) -> Importance:
     """Rank by weights alone: the share of a width's squared norm that is cut; a block costs 1, more of a stage more."""
     parameters = dict(model.named_parameters())
+    squares = {name: _squares(graph.width[name], model, parameters) for name in candidates}
+    return replace(supplied("magnitude", squares, graph, candidates), scores={})  # norms, anew as they change
+
+
+def supplied(name: str, scores: Mapping[str, Tensor], graph: Graph, candidates: Candidates) -> Importance:
+    """Rank by scores, one of each channel of each width: what is lost is the share of a width's score that is cut.
+
+    A block costs 1, more blocks of a stage more. Raises PlanError if a width has no scores, or not one a channel.
+    """
+    widths = {}
+    for width, counts in candidates.items():
+        own = scores.get(width)
+        if own is None or own.shape != (graph.width[width].size,) or not bool((own >= 0).all()):
+            raise PlanError(f"{name!r} needs {graph.width[width].size} scores of 0 or more for {width}")
+        share = own.sort(descending=True).values.cumsum(0) / own.sum().clamp_min(1e-30)
+        widths[width] = {count: max(0.0, 1 - float(share[count - 1])) for count in counts}
+    free = [block for block in graph.blocks if not block.frozen]
+    return Importance(name, widths, dict.fromkeys((b.name for b in free), 1.0), {b.stage: 0.5 for b in free}, scores)
+
+
+def batchnorm_scale(model: nn.Module, graph: Graph, candidates: Candidates) -> Importance:
+    """Rank by the absolute scale of the normalisations on the way (Liu et al. 2017).
+
+    Raises PlanError if a width has none.
+    """
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+    scales = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, kinds) and m.weight is not None}
+    parameters, scores = dict(model.named_parameters()), {}
+    for name in candidates:
+        width = graph.width[name]
+        found = torch.zeros(width.size)
+        pieces = [piece for piece in width.slices if piece.tensor in scales]
+        if not pieces:
+            raise PlanError(
+                f"{name} has no normalisation with a scale; rank by magnitude, or leave it out of the scope"
+            )
+        for piece in pieces:
+            units = torch.from_numpy(piece.units)
+            found.index_add_(0, units[units >= 0], parameters[piece.tensor].detach().cpu().abs()[units >= 0])
+        scores[name] = found
+    return supplied("batchnorm_scale", scores, graph, candidates)
+
+
+def at_random(graph: Graph, candidates: Candidates, *, seed: int = 0) -> Importance:
+    """Rank at random: the control that says what any other importance is worth."""
+    dice = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(graph.width[name].size, generator=dice) for name in candidates}
+    return supplied(f"random {seed}", scores, graph, candidates)
+
+
+def taylor(
+    model: nn.Module, graph: Graph, candidates: Candidates, batches: Sequence[Batch], *, loss: Loss
+) -> Importance:
+    """Rank by the first-order change of the loss (Molchanov et al. 2019), of channels and of blocks alike.
+
+    A width loses the sum over the channels that go; blocks of a stage cost half of their mean more for each pair.
+    """
+    device = next(model.parameters()).device
+    batches = [(x.to(device), y.to(device)) for x, y in batches]
+    free = [block for block in graph.blocks if not block.frozen]
+    with evaluating(model):
+        found = _taylor(model, [Filter(graph.width[name]) for name in candidates], batches, loss)
+        blocks = {name: float(own) for name, own in _taylor(model, [Depth(b) for b in free], batches, loss).items()}
     widths = {}
     for name, counts in candidates.items():
-        squares = _squares(graph.width[name], model, parameters).sort(descending=True).values
-        share = squares.cumsum(0) / squares.sum().clamp_min(1e-30)
-        widths[name] = {count: max(0.0, 1 - float(share[count - 1])) for count in counts}
-    blocks = {block.name: 1.0 for block in graph.blocks if not block.frozen}
-    return Importance("magnitude", widths, blocks, {block.stage: 0.5 for block in graph.blocks if not block.frozen})
+        kept = torch.cat([torch.zeros(1), found[name].cpu().sort(descending=True).values.cumsum(0)])
+        widths[name] = {count: max(0.0, float(kept[-1] - kept[count])) for count in counts}
+    stages: dict[str, list[float]] = defaultdict(list)
+    for block in free:
+        stages[block.stage].append(blocks[block.name])
+    return Importance("taylor", widths, blocks, {s: 0.5 * sum(own) / len(own) for s, own in stages.items()}, found)
 
 
 def _squares(width: Width, model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -81,7 +146,7 @@ def measured(
     device = next(model.parameters()).device
     batches = [(x.to(device), y.to(device)) for x, y in batches]
     with evaluating(model):
-        scores = _taylor(model, [graph.width[name] for name in candidates], batches, loss)
+        scores = _taylor(model, [Filter(graph.width[name]) for name in candidates], batches, loss)
         asked = _Rises(model, batches, loss, {} if answers is None else answers)
         widths = {name: asked.of_width(graph.width[name], counts, scores[name]) for name, counts in candidates.items()}
         of_stage: dict[str, list[Block]] = defaultdict(list)
@@ -154,9 +219,11 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
     return float(torch.stack(losses).sum()) / sum(len(y) for _, y in batches)
 
 
-def _taylor(model: nn.Module, widths: Sequence[Width], batches: Sequence[Batch], loss: Loss) -> dict[str, Tensor]:
-    """Return for each width |Σ w·∂L/∂w| of its channels: what the loss loses to first order when they go."""
-    groups = group([Filter(width) for width in widths], model)
+def _taylor(
+    model: nn.Module, structures: Sequence[Structure], batches: Sequence[Batch], loss: Loss
+) -> dict[str, Tensor]:
+    """Return for each structure |Σ w·∂L/∂w| of its groups: what the loss loses to first order when they go."""
+    groups = group(structures, model)
     parameters = dict(model.named_parameters())
     members = list(dict.fromkeys(member.tensor for member in groups.members))
     scores = torch.zeros(groups.count, device=groups.structure.device)
@@ -164,5 +231,5 @@ def _taylor(model: nn.Module, widths: Sequence[Width], batches: Sequence[Batch],
         gradients = torch.autograd.grad(loss(model(x), y), [parameters[name] for name in members])
         products = {n: parameters[n].detach() * g for n, g in zip(members, gradients, strict=True)}
         scores += groups.sums(products).abs()
-    sizes = [width.size for width in widths]
-    return dict(zip([width.name for width in widths], torch.split(scores, sizes), strict=True))
+    sizes = [structure.count for structure in structures]
+    return dict(zip([structure.name for structure in structures], torch.split(scores, sizes), strict=True))

@@ -38,7 +38,7 @@ _MANY = 600  # combinations of candidates from which on an axis of several width
 _GRID = 17  # lengths of such an axis
 _STRAIGHT = 1e-6  # relative bend of a cost over such an axis that counts as none
 _FINE = 1e3  # HiGHS stops at an absolute gap of 1e-6, which is then 1e-9 of the largest loss
-TIME_LIMIT_S = 60.0  # then the best plan found is returned, with the gap to its bound
+TIME_LIMIT_S = 120.0  # then the best plan found is returned, with the gap to its bound
 
 
 @dataclass(frozen=True)

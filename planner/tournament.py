@@ -31,7 +31,7 @@ def loss_after(
             scores = importance.scores.get(width.name, groups.norms(parameters))
             kept = torch.zeros_like(scores)
             kept[scores.topk(width.keep).indices] = 1
-            groups.scale_(parameters, kept)
+            groups.scale_(parameters, kept.to(groups.structure.device))
     leaving = [Depth(graph.block[block.name]) for block in plan.blocks if block.removed]
     if leaving:
         groups = group(leaving, masked)

@@ -14,7 +14,7 @@ from planner import Importance, LatencyTable, Limits, Plan, Problem, Scope
 from planner.limits import Latency
 from profiles.errors import PlanError
 from tools.console import Stage
-from tools.scoping import limited, scoped
+from tools.scoping import RANKINGS, limited, scoped
 
 console = Console(stderr=True)
 out_console = Console(width=None if sys.stdout.isatty() else 120)
@@ -45,6 +45,10 @@ def plan(
     inputs: Inputs = None,
     data: Data = None,
     weights: Weights = None,
+    ranking: Annotated[
+        str | None,
+        typer.Option("--importance", help=f"{', '.join(RANKINGS)} [default: measured with --data, else magnitude]"),
+    ] = None,
     global_budget: Annotated[
         bool, typer.Option("--global-budget", help="one budget in seconds over all widths")
     ] = False,
@@ -64,7 +68,7 @@ def plan(
 ) -> None:
     """Choose widths and blocks for budgets; with --data, by the loss that each cut costs."""
     from tools.explain import plan_table, reasons
-    from tools.planning import Brief, contest, sensitivity
+    from tools.planning import Brief, contest, ranked
     from tools.sources import example_inputs, load_data, load_model
 
     net, source = load_model(model, weights), load_data(data) if data else None
@@ -76,9 +80,10 @@ def plan(
     foreign = _elsewhere(tables, example, any_table=any_table)
     brief = Brief(net, example, device, wanted, source.train if source else None, scope, limits)
     posed, stage, importance = brief.problem(tables), Stage(console), None
-    if source:
-        measured = sensitivity(brief, posed, stage)
-        importance = contest(brief, posed, measured, stage)
+    if ranking or source:
+        importance = ranked(brief, posed, ranking or "measured", stage)
+    if source and importance:
+        importance = contest(brief, posed, importance, stage)
     if sweep is not None:
         _sweep(posed, sweep, limits, importance, out, as_json)
         return

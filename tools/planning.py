@@ -20,8 +20,10 @@ from planner.limits import Latency
 from planner.search import Tables, devices_of
 from planner.train import Batches
 from profiles import Profile, atomic
+from profiles.errors import PlanError
 from tools.calibrate import Bench, refined
 from tools.console import Stage
+from tools.scoping import RANKINGS
 from tools.threads import fastest, one_thread
 
 SENSITIVITY_IMAGES = 384
@@ -96,6 +98,25 @@ class Brief:
             if sum(len(labels) for _, labels in found) >= SENSITIVITY_IMAGES:
                 break
         return found
+
+
+def ranked(brief: Brief, posed: Problem, ranking: str, stage: Stage) -> Importance:
+    """Return the importance that is asked for; raises PlanError if it is unknown, or needs data that are not given."""
+    graph, options = posed.graph, posed.options(thrifty=True)
+    if ranking not in RANKINGS:
+        raise PlanError(f"--importance {ranking!r} is not known; it is one of {', '.join(RANKINGS)}")
+    if ranking in ("measured", "taylor") and not brief.batches:
+        raise PlanError(f"--importance {ranking} needs --data")
+    match ranking:
+        case "measured":
+            return sensitivity(brief, posed, stage)
+        case "taylor":
+            return planner.taylor(brief.model, graph, options, brief.batches, loss=cross_entropy)
+        case "batchnorm":
+            return planner.batchnorm_scale(brief.model, graph, options)
+        case "random":
+            return planner.at_random(graph, options)
+    return planner.magnitude(brief.model, graph, options)
 
 
 def sensitivity(brief: Brief, posed: Problem, stage: Stage) -> Importance:

@@ -10,6 +10,7 @@ import typer
 from planner import Limits, Scope
 from profiles.errors import EspalierError
 
+RANKINGS = ("measured", "taylor", "magnitude", "batchnorm", "random")  # what --importance takes
 _Names = list[str] | None
 OPTIONS: dict[str, Any] = {
     "op_types": Annotated[_Names, typer.Option("--op-types", help="cut only layers of this class, e.g. Conv2d")],

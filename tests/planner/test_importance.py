@@ -12,8 +12,9 @@ import planner
 from backends.rebuild import cut
 from planner.graph import trace
 from planner.groups import group
-from planner.importance import magnitude, measured, questions
+from planner.importance import at_random, batchnorm_scale, magnitude, measured, questions, supplied, taylor
 from planner.structures import Filter
+from profiles.errors import PlanError
 from tools.examples.resnet import ResNet
 
 from . import nets
@@ -41,9 +42,9 @@ def mean_loss(model: nn.Module) -> float:
 
 
 def options(model: nn.Module) -> tuple[planner.Graph, dict[str, tuple[int, ...]]]:
-    """Return the graph, and every width of each cuttable one as a candidate."""
+    """Return the graph, and every number of channels of each width, the stream's included, as a candidate."""
     graph = trace(model, (torch.ones(PIXELS),))
-    return graph, {width.name: tuple(range(1, width.size + 1)) for width in graph.cuttable if not width.is_stream}
+    return graph, {width.name: tuple(range(1, width.size + 1)) for width in graph.cuttable}
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:
@@ -150,3 +151,47 @@ def test_a_plan_takes_measured_importance() -> None:
     plan = planner.plan(model, (torch.ones(PIXELS),), nets.anywhere(), latency=0.6, importance=found)
     assert plan.importance == "measured"
     assert plan.predicted.fraction <= 0.6
+
+
+def test_scores_are_the_share_that_is_cut() -> None:
+    model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([0.1, -0.4, 0.2, 0.3]))
+    graph = trace(model, (torch.ones(PIXELS),))
+    found = batchnorm_scale(model, graph, {"0": (1, 2, 3, 4)})
+    assert found.widths["0"] == pytest.approx({4: 0, 3: 0.1, 2: 0.3, 1: 0.6})
+    assert found.scores["0"].tolist() == pytest.approx([0.1, 0.4, 0.2, 0.3])
+    own = supplied("mine", {"0": torch.tensor([5.0, 3, 1, 1])}, graph, {"0": (2, 4)})
+    assert (own.name, own.widths["0"]) == ("mine", pytest.approx({4: 0, 2: 0.2}))
+    one, same, other = (at_random(graph, {"0": (1, 4)}, seed=seed) for seed in (0, 0, 1))
+    assert one.widths == same.widths != other.widths
+    for bad in ({}, {"0": torch.ones(3)}, {"0": torch.tensor([1.0, 1, 1, -1])}):
+        with pytest.raises(PlanError, match="'mine' needs 4 scores of 0 or more for 0"):
+            supplied("mine", bad, graph, {"0": (2, 4)})
+    bare = nn.Sequential(conv(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+    with pytest.raises(PlanError, match="0 has no normalisation with a scale"):
+        batchnorm_scale(bare, trace(bare, (torch.ones(PIXELS),)), {"0": (2, 4)})
+
+
+def test_taylor_is_the_gradient_times_the_weights_of_what_goes() -> None:
+    model = blocks_net()
+    graph = trace(model, (torch.ones(PIXELS),))
+    name = next(width.name for width in graph.cuttable if not width.is_stream)
+    found = taylor(model, graph, {name: (1, 3, 4)}, BATCHES, loss=cross_entropy)
+    scores = torch.zeros(graph.width[name].size)
+    for x, y in BATCHES:
+        own = copy.deepcopy(model).eval()
+        cross_entropy(own(x), y).backward()
+        total = torch.zeros_like(scores)
+        for tensor, parameter in own.named_parameters():
+            if any(s.tensor == tensor and s.penalised for s in graph.width[name].slices):
+                total += (
+                    (parameter * parameter.grad).detach().flatten(1).sum(1)
+                    if parameter.dim() > 1
+                    else (parameter * parameter.grad).detach()
+                )
+        scores += total.abs()
+    ranked = scores.sort().values
+    expected = {1: float(ranked[:3].sum()), 3: float(ranked[:1].sum()), 4: 0.0}
+    assert found.widths[name] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert all(cost > 0 for cost in found.blocks.values())
