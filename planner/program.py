@@ -60,8 +60,7 @@ class Program:
     keeps: dict[tuple[str, int], int] = field(default_factory=dict)
     leaves: dict[str, int] = field(default_factory=dict)
     _joint: dict[object, list[int]] = field(default_factory=dict)
-    _lengths: dict[Extent, list[Point]] = field(default_factory=dict)
-    _bent: set[Extent] = field(default_factory=set)
+    _mixtures: dict[object, list[Point]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Add the binaries of widths and blocks; exactly one candidate holds unless the block around it leaves."""
@@ -151,39 +150,51 @@ class Program:
 
     def _by_length(self, term: Term, blocks: Sequence[str]) -> list[tuple[int | None, float]]:
         """Price a term by the lengths of its axes, each a mixture of lengths on a grid or of one width's candidates."""
-        points = [self._length(extent) for extent in term.extents]
-        prices = np.array([term.price(*lengths) for lengths in product(*([n for _, n in own] for own in points))])
-        for axis, extent in enumerate(term.extents):
-            if extent in self._lengths and extent not in self._bent:
-                lengths = np.array([n for _, n in points[axis]])
-                if _bends(prices.reshape([len(own) for own in points]), lengths, axis):
-                    self._bent.add(extent)
-                    self._neighbours([variable for variable, _ in points[axis]])
+        alone = [self._alone(extent) for extent in term.extents]
+        lengths = [
+            [n for _, n in own] if own else self._grid(extent) for own, extent in zip(alone, term.extents, strict=True)
+        ]
+        prices = np.array([term.price(*each) for each in product(*lengths)]).reshape([len(own) for own in lengths])
+        points = []
+        for axis, (own, extent) in enumerate(zip(alone, term.extents, strict=True)):
+            if own is None:
+                corners, bent = _corners(prices, lengths[axis], axis)
+                prices = prices.take(corners, axis)
+                own = self._mixture(extent, tuple(lengths[axis][i] for i in corners), bent=bent)
+            points.append(own)
         if len(points) == 1 and not blocks:
             return [(variable, price) for (variable, _), price in zip(points[0], prices.tolist(), strict=True)]
-        return list(zip(self._together(points, blocks), prices.tolist(), strict=True))
+        return list(zip(self._together(points, blocks), prices.reshape(-1).tolist(), strict=True))
 
-    def _length(self, extent: Extent) -> list[Point]:
-        """Return the variables whose mixture is the length of an axis, with the length that each stands for."""
+    def _alone(self, extent: Extent) -> list[Point] | None:
+        """Return the binaries of the one width that decides an axis, with its lengths; None if there are more."""
         names = [name for name, _ in extent.parts if name in self.candidates]
-        if len(names) == 1 and self.graph.width[names[0]].block not in self.leaves:
-            options = [(self.keeps[names[0], count], {names[0]: count}) for count in self.candidates[names[0]]]
-            return [(variable, extent.under(self.graph.choice(keep))) for variable, keep in options]
-        if extent not in self._lengths:
-            grid = self._grid(extent)
-            points = [(self.variable(integral=False), n) for n in grid]
+        if len(names) != 1 or self.graph.width[names[0]].block in self.leaves:
+            return None
+        options = [(self.keeps[names[0], count], {names[0]: count}) for count in self.candidates[names[0]]]
+        return [(variable, extent.under(self.graph.choice(keep))) for variable, keep in options]
+
+    def _mixture(self, extent: Extent, lengths: tuple[int, ...], *, bent: bool) -> list[Point]:
+        """Return variables whose mixture is the length of an axis, with the length that each stands for.
+
+        Only two that follow each other are above 0 if the cost is `bent` so that others would be too cheap.
+        """
+        key = (extent, lengths, bent)
+        if key not in self._mixtures:
+            points = [(self.variable(integral=False), n) for n in lengths]
             self.rows.append(({variable: 1.0 for variable, _ in points}, 1.0, 1.0))
-            total = {variable: float(n) for variable, n in points}
-            linear, fixed = self._linear(extent, 1.0), 0.0
-            for variable, price in linear:
+            scale = float(max(lengths))
+            total, fixed = {variable: n / scale for variable, n in points}, 0.0
+            for variable, price in self._linear(extent, 1 / scale):
                 if variable is None:
                     fixed += price
                 else:
                     total[variable] = total.get(variable, 0.0) - price
-            scale = float(max(grid))
-            self.rows.append(({v: price / scale for v, price in total.items()}, fixed / scale, fixed / scale))
-            self._lengths[extent] = points
-        return self._lengths[extent]
+            self.rows.append((total, fixed, fixed))
+            if bent:
+                self._neighbours([variable for variable, _ in points])
+            self._mixtures[key] = points
+        return self._mixtures[key]
 
     def _grid(self, extent: Extent) -> list[int]:
         """Return lengths from the shortest to the longest that the candidates allow, evenly in steps that they take."""
@@ -263,12 +274,15 @@ class Program:
         return Choice(keep, removed)
 
 
-def _bends(prices: NDArray[np.float64], lengths: NDArray[np.int64], axis: int) -> bool:
-    """Whether a price lies below the straight line between its neighbours anywhere: then mixtures must be of these."""
-    rows = np.moveaxis(prices, axis, 0)
-    slopes = np.diff(rows, axis=0) / np.diff(lengths).reshape(-1, *[1] * (rows.ndim - 1))
-    scale = np.abs(rows).max() / max(1, lengths[-1] - lengths[0])
-    return bool((np.diff(slopes, axis=0) < -_STRAIGHT * scale).any())
+def _corners(prices: NDArray[np.float64], lengths: Sequence[int], axis: int) -> tuple[list[int], bool]:
+    """Return where a price is no straight line along an axis, both ends included, and whether it turns down anywhere."""
+    rows = np.moveaxis(prices, axis, 0).reshape(len(lengths), -1)
+    slopes = np.diff(rows, axis=0) / np.diff(lengths)[:, None]
+    turns = np.diff(slopes, axis=0)
+    scale = _STRAIGHT * np.abs(rows).max() / max(1, lengths[-1] - lengths[0])
+    inner = 1 + np.flatnonzero((np.abs(turns) > scale).any(axis=1))
+    ends = {0, len(lengths) - 1}
+    return sorted({*ends, *inner.tolist()}), bool((turns < -scale).any())
 
 
 def _constraint(rows: Sequence[tuple[Terms, float, float]], size: int) -> LinearConstraint:
