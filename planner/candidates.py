@@ -41,8 +41,8 @@ def paying(graph: Graph, profile: Profile, scope: Scope) -> tuple[Graph, tuple[s
 def candidates(graph: Graph, profile: Profile, scope: Scope | None = None) -> dict[str, tuple[int, ...]]:
     """Return for each width what the profile holds useful, the dense one last.
 
-    That is the multiples of the profile's quantum, and one half of it, which padding may still reward, but not of widths
-    that are joined with many others: there it only shifts where steps begin. The stream of a residual network (a width
+    That is the multiples of the profile's quantum, and one half of it, which padding may still reward, but not where a
+    width is joined with many others: there it only shifts where steps begin. The stream of a residual network (a width
     that its blocks add to) counts as any other.
     """
     found = {}

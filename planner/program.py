@@ -275,7 +275,7 @@ class Program:
 
 
 def _corners(prices: NDArray[np.float64], lengths: Sequence[int], axis: int) -> tuple[list[int], bool]:
-    """Return where a price is no straight line along an axis, both ends included, and whether it turns down anywhere."""
+    """Return where a price is no straight line along an axis, both ends included, and if it turns down anywhere."""
     rows = np.moveaxis(prices, axis, 0).reshape(len(lengths), -1)
     slopes = np.diff(rows, axis=0) / np.diff(lengths)[:, None]
     turns = np.diff(slopes, axis=0)
