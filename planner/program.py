@@ -12,7 +12,6 @@ exact cost afterwards.
 """
 
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,25 +19,19 @@ from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from planner.graph import Graph
 from planner.importance import Importance
 from planner.operations import Choice, Extent
-from planner.quiet import redirected
 from planner.resources import Product, Resource, Term, widths_of
+from planner.solver import Row, Terms, minimise
 from planner.spec import Proof
-from profiles.errors import PlanError
 
-Terms = dict[int, float]  # variable -> coefficient
 Point = tuple[int, int]  # (variable, what it stands for)
 _INFINITY = float("inf")
 _MANY = 600  # combinations of candidates from which on an axis of several widths is taken by its length
 _GRID = 17  # lengths of such an axis
 _STRAIGHT = 1e-6  # relative bend of a cost over such an axis that counts as none
-_FINE = 1e3  # HiGHS stops at an absolute gap of 1e-6, which is then 1e-9 of the largest loss
-TIME_LIMIT_S = 120.0  # then the best plan found is returned, with the gap to its bound
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ class Program:
     graph: Graph
     candidates: Mapping[str, Sequence[int]]
     integral: list[bool] = field(default_factory=list)
-    rows: list[tuple[Terms, float, float]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     keeps: dict[tuple[str, int], int] = field(default_factory=dict)
     leaves: dict[str, int] = field(default_factory=dict)
     _joint: dict[object, list[int]] = field(default_factory=dict)
@@ -245,27 +238,14 @@ class Program:
         for budget in budgets:  # HiGHS's tolerances are absolute: rows are scaled to about 1
             unit = max(map(abs, budget.cost.values()), default=0.0) or abs(budget.most) or 1.0
             rows.append(({j: v / unit for j, v in budget.cost.items()}, -_INFINITY, budget.most / unit))
-        scale = (max(map(abs, objective.values()), default=0.0) or 1.0) / _FINE
-        c = np.zeros(len(self.integral))
-        c[list(objective)] = np.array(list(objective.values())) / scale
-        with redirected(1, sys.stdout):
-            result = milp(
-                c,
-                integrality=np.array(self.integral, int),
-                bounds=Bounds(0, 1),
-                constraints=_constraint(rows, len(c)),
-                options={"mip_rel_gap": gap, "time_limit": TIME_LIMIT_S},
-            )
-        if result.status == 2:
+        found = minimise(objective, self.integral, rows, gap=gap)
+        if found is None:
             return None
-        if result.x is None or result.status not in (0, 1):  # 1: out of time, with a bound
-            raise PlanError(f"the solver stopped without an optimal plan: {result.message}")
-        value = float(result.fun) * scale
-        bound = value if result.mip_dual_bound is None else float(result.mip_dual_bound) * scale
-        status = "out of time" if result.status else "within the gap" if gap and result.mip_gap else "optimal"
-        found = float(result.mip_gap or 0.0)
+        status = "out of time" if not found.in_time else "within the gap" if found.gap else "optimal"
         seconds = round(time.monotonic() - start, 3)
-        return self._choice(result.x), Proof(status=status, objective=value, bound=bound, gap=found, solved_s=seconds)
+        return self._choice(found.x), Proof(
+            status=status, objective=found.value, bound=found.bound, gap=found.gap, solved_s=seconds
+        )
 
     def _choice(self, x: NDArray[np.float64]) -> Choice:
         removed = frozenset(name for name, variable in self.leaves.items() if x[variable] > 0.5)
@@ -283,10 +263,3 @@ def _corners(prices: NDArray[np.float64], lengths: Sequence[int], axis: int) -> 
     inner = 1 + np.flatnonzero((np.abs(turns) > scale).any(axis=1))
     ends = {0, len(lengths) - 1}
     return sorted({*ends, *inner.tolist()}), bool((turns < -scale).any())
-
-
-def _constraint(rows: Sequence[tuple[Terms, float, float]], size: int) -> LinearConstraint:
-    index = [(i, j, value) for i, (terms, _, _) in enumerate(rows) for j, value in terms.items()]
-    row, column, values = zip(*index, strict=True) if index else ((), (), ())
-    matrix = coo_array((values, (row, column)), shape=(len(rows), size)).tocsr()
-    return LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows])

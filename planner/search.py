@@ -14,9 +14,10 @@ from planner.importance import Importance, magnitude
 from planner.latency import Costs, LatencyTable, Rules
 from planner.limits import ON_CHIP, Amount, Latency, Limits, amount
 from planner.operations import Choice
-from planner.program import Budget, Program, Terms
+from planner.program import Budget, Program
 from planner.resources import Resource
 from planner.scope import Scope
+from planner.solver import Terms
 from planner.spec import LimitPlan, Plan, Proof
 from profiles import Profile
 from profiles import load as profile_of

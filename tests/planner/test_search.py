@@ -157,6 +157,29 @@ def test_the_program_finds_the_optimum_of_brute_force(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
+def test_large_problems_are_solved_as_well_through_their_relaxation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(SEEDS // 8):
+        posed = Posed(name, seed)
+        program = Program(posed.graph, posed.options)
+        objective = program.losses(posed.importance)
+        ((cost, constant),) = program.costs(posed.resources[0])
+        needs = posed.needs(posed.resources[0], posed.choices())
+        for share in (0.0, 0.3, 0.6):
+            most = needs.min() + share * (needs.max() - needs.min()) - constant
+            for gap in (0.0, 0.1):
+                monkeypatch.setattr(solver, "_LARGE", 10**6)
+                whole = program.solve(objective, [Budget(cost, most * (1 + 1e-9))])
+                monkeypatch.setattr(solver, "_LARGE", 0)
+                staged = program.solve(objective, [Budget(cost, most * (1 + 1e-9))], gap=gap)
+                assert whole is not None
+                assert staged is not None
+                best, found = whole[1].objective, staged[1]
+                assert best - 1e-6 <= found.objective <= best / (1 - gap) + 1e-6, (name, seed)
+                assert found.bound <= best + 1e-6
+                assert found.gap <= gap + 1e-9
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_costs_are_exact_at_every_integer_point(name: str) -> None:
     posed = Posed(name, 0)
     choices = posed.choices()
