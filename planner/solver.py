@@ -24,6 +24,7 @@ TIME_LIMIT_S = 120.0  # then the best solution found is returned, with the gap t
 _LARGE = 300  # binaries from which on the relaxation is worth its time
 _FINE = 1e3  # HiGHS stops at an absolute gap of 1e-6, which is then 1e-9 of the largest coefficient
 _TIGHT = 1e-7  # the relative gap that counts as none
+_NOTHING = 1e-9  # the absolute one
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Solution:
     @property
     def gap(self) -> float:
         """The relative distance to the bound."""
-        found = abs(self.value - self.bound) / max(abs(self.value), 1e-12)
-        return found if found > _TIGHT else 0.0
+        found = abs(self.value - self.bound)
+        return found / abs(self.value) if found > max(_TIGHT * abs(self.value), _NOTHING) else 0.0
 
 
 def minimise(objective: Terms, integral: Sequence[bool], rows: Sequence[Row], *, gap: float = 0.0) -> Solution | None:

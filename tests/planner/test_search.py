@@ -17,7 +17,7 @@ from torch import nn
 
 import planner
 import profiles
-from planner import Importance, Plan, resources
+from planner import Importance, Plan, resources, solver
 from planner.candidates import candidates, useful
 from planner.document import with_global_budget
 from planner.graph import Graph, trace
@@ -157,8 +157,8 @@ def test_the_program_finds_the_optimum_of_brute_force(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_large_problems_are_solved_as_well_through_their_relaxation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for seed in range(SEEDS // 8):
+def test_large_problems_are_solved_through_their_relaxation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(SEEDS // 16):
         posed = Posed(name, seed)
         program = Program(posed.graph, posed.options)
         objective = program.losses(posed.importance)
