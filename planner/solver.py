@@ -62,16 +62,22 @@ class _Task:
     integral: NDArray[np.int_]
     within: LinearConstraint
 
-    def solve(self, upper: Array, gap: float, *, below: float | None = None) -> Solution | None:
-        """Return the best solution with variables up to `upper`, and with a value up to `below` if given."""
+    def solve(self, upper: Array, gap: float, *, better_than: Solution | None = None) -> Solution | None:
+        """Return the best solution with variables up to `upper`, None if there is none.
+
+        With `better_than`, only solutions below its bound count, and it is returned if time runs out before one.
+        """
         within = [self.within]
-        if below is not None:
+        if better_than is not None:
             unit = float(np.abs(self.c).max()) or 1.0
-            within.append(LinearConstraint(csr_array(self.c[None] / unit), -np.inf, below / unit))
+            within.append(LinearConstraint(csr_array(self.c[None] / unit), -np.inf, better_than.bound / unit))
         options = {"mip_rel_gap": gap, "time_limit": TIME_LIMIT_S}
         result = milp(self.c, integrality=self.integral, bounds=Bounds(0, upper), constraints=within, options=options)
         if result.status == 2:
             return None
+        if result.x is None and result.status == 1 and better_than is not None:
+            proven = min(better_than.bound, -np.inf if result.mip_dual_bound is None else result.mip_dual_bound)
+            return Solution(better_than.x, better_than.value, proven, in_time=False)
         if result.x is None or result.status not in (0, 1):  # 1: out of time, with a bound
             raise PlanError(f"the solver stopped without an optimal plan: {result.message}")
         bound = result.fun if result.mip_dual_bound is None else result.mip_dual_bound
@@ -109,13 +115,10 @@ def _staged(task: _Task, gap: float) -> Solution | None:
         return proven
     below = first.value - max(gap, _TIGHT) * abs(first.value)
     upper = np.where(binary & (reduced > max(0.0, below - least) + _TIGHT * _FINE), 0.0, whole)
-    try:
-        better = task.solve(upper, gap, below=below)
-    except PlanError:  # out of time before anything better was found
-        return Solution(first.x, first.value, least, in_time=False)
+    better = task.solve(upper, gap, better_than=Solution(first.x, first.value, below, first.in_time))
     if better is None:
         return Solution(first.x, first.value, below if gap else first.value, in_time=True)
-    return better
+    return Solution(better.x, better.value, max(better.bound, least), better.in_time)
 
 
 def _constraint(rows: Sequence[Row], size: int) -> LinearConstraint:

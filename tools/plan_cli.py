@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from planner.limits import Latency
 from profiles.errors import PlanError
 from tools.console import Stage
 from tools.scoping import RANKINGS, limited, scoped
+
+if TYPE_CHECKING:
+    from tools.planning import Brief
 
 console = Console(stderr=True)
 out_console = Console(width=None if sys.stdout.isatty() else 120)
@@ -27,48 +30,52 @@ Weights = Annotated[Path | None, typer.Option("--weights", help="safetensors fil
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
 
 
+Latencies = Annotated[
+    list[str] | None,
+    typer.Option("--latency", help="0.5 (of dense), '50 %' or '3 ms'; PROFILE=0.5 for each of several devices"),
+]
+Out = Annotated[Path, typer.Option("--out", help="where to write the plan")]
+TableFiles = Annotated[list[Path] | None, typer.Option("--table", help="from calibrate; one for each device")]
+Ranking = Annotated[
+    str | None,
+    typer.Option("--importance", help=f"{', '.join(RANKINGS)} [default: measured with --data, else magnitude]"),
+]
+GlobalBudget = Annotated[bool, typer.Option("--global-budget", help="one budget in seconds over all widths")]
+AnyTable = Annotated[
+    bool, typer.Option("--any-table", help="use --table though it was measured under other conditions; noted")
+]
+Explain = Annotated[str | None, typer.Option("--explain", metavar="LAYER", help="why it keeps what it keeps")]
+Replan = Annotated[
+    Path | None, typer.Option("--replan", metavar="PLAN", help="with the budgets of this plan; prints what changes")
+]
+Sweep = Annotated[
+    str | None, typer.Option("--sweep", metavar="LOW:HIGH", help="a plan for each of many budgets: CSV and picture")
+]
+
+
 @scoped
 @limited
 def plan(
     scope: Scope,
     limits: Limits,
     model: Model,
-    latency: Annotated[
-        list[str] | None,
-        typer.Option("--latency", help="0.5 (of dense), '50 %' or '3 ms'; PROFILE=0.5 for each of several devices"),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="where to write the plan")] = Path("plan.json"),
-    table: Annotated[
-        list[Path] | None, typer.Option("--table", help="latency table from calibrate; one for each device")
-    ] = None,
+    latency: Latencies = None,
+    out: Out = Path("plan.json"),
+    table: TableFiles = None,
     profile: ProfileId = None,
     inputs: Inputs = None,
     data: Data = None,
     weights: Weights = None,
-    ranking: Annotated[
-        str | None,
-        typer.Option("--importance", help=f"{', '.join(RANKINGS)} [default: measured with --data, else magnitude]"),
-    ] = None,
-    global_budget: Annotated[
-        bool, typer.Option("--global-budget", help="one budget in seconds over all widths")
-    ] = False,
-    any_table: Annotated[
-        bool, typer.Option("--any-table", help="use --table though it was measured under other conditions; noted")
-    ] = False,
-    explain: Annotated[
-        str | None, typer.Option("--explain", metavar="LAYER", help="why it keeps what it keeps")
-    ] = None,
-    replan: Annotated[
-        Path | None, typer.Option("--replan", metavar="PLAN", help="with the budgets of this plan; prints what changes")
-    ] = None,
-    sweep: Annotated[
-        str | None, typer.Option("--sweep", metavar="LOW:HIGH", help="a plan for each of many budgets: CSV and picture")
-    ] = None,
+    ranking: Ranking = None,
+    global_budget: GlobalBudget = False,
+    any_table: AnyTable = False,
+    explain: Explain = None,
+    replan: Replan = None,
+    sweep: Sweep = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose widths and blocks for budgets; with --data, by the loss that each cut costs."""
-    from tools.explain import plan_table, reasons
-    from tools.planning import Brief, contest, ranked
+    from tools.planning import Brief
     from tools.sources import example_inputs, load_data, load_model
 
     net, source = load_model(model, weights), load_data(data) if data else None
@@ -79,11 +86,8 @@ def plan(
     tables = [LatencyTable.load(path) for path in table or ()]
     foreign = _elsewhere(tables, example, any_table=any_table)
     brief = Brief(net, example, device, wanted, source.train if source else None, scope, limits)
-    posed, stage, importance = brief.problem(tables), Stage(console), None
-    if ranking or source:
-        importance = ranked(brief, posed, ranking or "measured", stage)
-    if source and importance:
-        importance = contest(brief, posed, importance, stage)
+    posed = brief.problem(tables)
+    importance = _importance(brief, posed, ranking)
     if sweep is not None:
         _sweep(posed, sweep, limits, importance, out, as_json)
         return
@@ -92,6 +96,24 @@ def plan(
     if global_budget:
         made = planner.with_global_budget(made, net)
     made = made.from_elsewhere(tuple(foreign)) if foreign else made
+    _told(made, explain, before, out, as_json)
+
+
+def _importance(brief: "Brief", posed: Problem, ranking: str | None) -> Importance | None:
+    """Return the importance that is asked for, or that the data allow; None for that of magnitude."""
+    from tools.planning import contest, ranked
+
+    stage = Stage(console)
+    if not ranking and brief.train is None:
+        return None
+    importance = ranked(brief, posed, ranking or "measured", stage)
+    return importance if brief.train is None else contest(brief, posed, importance, stage)
+
+
+def _told(made: Plan, explain: str | None, before: Plan | None, out: Path, as_json: bool) -> None:
+    """Write the plan, and say what it decides, why, and what is new."""
+    from tools.explain import plan_table, reasons
+
     told = reasons(made, explain) if explain else []
     changes = before.diff(made) if before else ()
     made.save(out)
