@@ -29,7 +29,6 @@ from planner.candidates import candidates
 from planner.graph import Graph, trace
 from planner.latency import ESTIMATE, LatencyTable, Probe, cross_validated, fit, keys
 from planner.operations import Choice
-from planner.widths import Width
 from profiles import Machine, Profile, atomic
 from profiles.errors import BackendUnavailable, PlanError
 from tools.design import Options, design

@@ -26,10 +26,10 @@ from backends.build import Job
 from backends.ethos_u import Compiled, compiler, dialect, estimated
 from backends.executorch import NAME, Options, options_for, version
 from backends.tosa import TosaProgram
+from planner.candidates import candidates
 from planner.graph import Graph
 from planner.latency import ESTIMATE, Entry, Key, LatencyTable, Probe, rates_of
 from planner.operations import Choice, Operation
-from planner.search import candidates
 from profiles import Profile, atomic
 from profiles.errors import BuildError
 from tools.calibrate import Bench, Countdown, Progress, cache_path, random_samples

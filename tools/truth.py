@@ -83,7 +83,7 @@ def tried(case: Case, make: Callable[[], nn.Module], profile: Profile, shape: tu
 def measured(place: Bench, choice: Any, progress: Callable[[str, int, int], None]) -> float:
     """Return the latency of a planned network, as a fraction of the dense one's in the same turns."""
     full = place.graph.choice(choice.keep, choice.removed)
-    (probe,) = measure_choices(place, [(full, False)], progress=progress)
+    (probe,) = measure_choices(place, [full], progress=progress)
     return probe.relative
 
 

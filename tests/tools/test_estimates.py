@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import profiles
+from planner.candidates import candidates
 from planner.graph import Graph
 from planner.latency import ESTIMATE, LatencyTable, forecast
 from planner.operations import Choice
 from planner.roofline import Rules
-from planner.search import candidates, plan
+from planner.search import plan
 from profiles.errors import BackendUnavailable, PlanError
 from tools import calibrate as calibration
 from tools.calibrate import Bench, bench, calibrate, elsewhere, measure_choices
