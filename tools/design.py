@@ -16,7 +16,8 @@ def design(graph: Graph, options: Options, *, seed: int = 0) -> list[Choice]:
     """Return the networks to measure, in order.
 
     The dense one comes first. Of the others a third has widths on the grid, a third any widths, a third some of both;
-    half of them lack blocks. Widths are drawn one by one, so that what operations cost can be told apart.
+    half of them lack blocks, and half keep all streams whole, as most plans do: a stream touches every operation beside
+    it. Widths are drawn one by one, so that what operations cost can be told apart.
     """
     random, wanted = np.random.default_rng(seed), [graph.dense]
     blocks = [block.name for block in graph.blocks if not block.frozen]
@@ -26,7 +27,8 @@ def design(graph: Graph, options: Options, *, seed: int = 0) -> list[Choice]:
         keep = {}
         for name, counts in options.items():
             size = graph.width[name].size
-            some = size if random.random() < whole else max(1, round(size * random.uniform(_NARROWEST, 1)))
+            kept_whole = graph.width[name].is_stream and index // 2 % 2 == 0
+            some = size if kept_whole or random.random() < whole else max(1, round(size * random.uniform(_NARROWEST, 1)))
             keep[name] = min(counts, key=lambda kept: abs(kept - some)) if random.random() < on_grid else some
         share = random.uniform(0.1, 0.6) if index % 2 else 0.0
         gone = frozenset(name for name in blocks if random.random() < share)
