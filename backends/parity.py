@@ -11,7 +11,16 @@ from backends.samples import Inputs, Samples
 from planner.evaluation import evaluating
 from profiles.errors import BuildError
 
-__all__ = ["CASES", "RELATIVE_TOLERANCE", "TOLERANCES", "accuracy_of", "check_parity", "parity_of", "random_cases"]
+__all__ = [
+    "CASES",
+    "RELATIVE_TOLERANCE",
+    "TOLERANCES",
+    "accuracy_of",
+    "check_parity",
+    "parity_of",
+    "random_cases",
+    "tolerance_of",
+]
 
 CASES = 8
 RELATIVE_TOLERANCE = 1e-4
@@ -61,11 +70,18 @@ def accuracy_of(session: Session, *, model: torch.nn.Module, samples: Samples) -
     return Accuracy(examples=examples, compiled=compiled / examples, pytorch=pytorch / examples)
 
 
-def random_cases(inputs: Inputs, samples: Samples) -> Iterator[Inputs]:
-    """Yield fresh random inputs like the example, of the mean and the deviation of the calibration data if any."""
-    generator = torch.Generator().manual_seed(_SEED)
+def tolerance_of(dtype: str) -> float:
+    """Return the largest relative error of an artifact of this dtype."""
+    return {"float16": TOLERANCES["fp16"], "bfloat16": TOLERANCES["bf16"], "int8": TOLERANCES["int8"]}.get(
+        dtype, RELATIVE_TOLERANCE
+    )
+
+
+def random_cases(inputs: Inputs, samples: Samples, *, count: int = CASES, seed: int = _SEED) -> Iterator[Inputs]:
+    """Yield random inputs like the example, of the mean and the deviation of the calibration data if any."""
+    generator = torch.Generator().manual_seed(seed)
     moments = [_moments([batch[index] for batch in samples.calibration]) for index in range(len(inputs))]
-    for _ in range(CASES):
+    for _ in range(count):
         yield tuple(_like(example, generator, *pair) for example, pair in zip(inputs, moments, strict=True))
 
 
