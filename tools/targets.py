@@ -217,13 +217,16 @@ def _beside(plan: Path) -> Path:
 
 
 def labels(plans: Sequence[Path]) -> list[str]:
-    """Return a name for each plan, of as few last parts of its path as tell them all apart."""
-    parts = [path.resolve().with_suffix("").parts[1:] for path in plans]
-    for length in range(1, max(map(len, parts)) + 1):
-        found = ["-".join(own[-length:]) for own in parts]
-        if len({DENSE, *found}) == len(found) + 1:
-            return found
-    raise EspalierError(f"a plan is given twice: {', '.join(map(str, plans))}; give each once")
+    """Return the name of each plan: that of its file, or of its folder where the file is just called plan.
+
+    A name does not depend on the other plans, so that files of an earlier run are found again beside new ones.
+    """
+    paths = [path.resolve() for path in plans]
+    found = [path.parent.name if path.stem == "plan" and path.parent.name else path.stem for path in paths]
+    for index, (name, path) in enumerate(zip(found, plans, strict=True)):
+        if name in (DENSE, *found[:index]):
+            raise EspalierError(f"{path}: another model of the table is called {name!r} too; rename the file or folder")
+    return found
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def verified(record: Path, models: Models, data: Data | None, *, cases: int, see
 
     int8 is judged on real inputs only: noise lies outside the ranges that it was calibrated for.
     """
-    artifact = Artifact.load(record)
+    artifact = _artifact(record)
     model = _model(record, artifact, models)
     example = _example(artifact)
     samples = Samples.of(data.test, like=example, calibrated=REAL_CASES * len(example[0])) if data else Samples()
@@ -70,11 +70,22 @@ def verified(record: Path, models: Models, data: Data | None, *, cases: int, see
         session = load(artifact.runtime).session(artifact, model=model)
     except BackendUnavailable as error:
         return [_said(record, artifact, "random").model_copy(update={"detail": str(error)})]
+    except BuildError as error:
+        return [_said(record, artifact, "random").model_copy(update={"detail": str(error), "ok": False})]
     drawn = random_cases((samples.calibration or (example,))[0], samples, count=cases, seed=seed)
     found = [_compared(_said(record, artifact, "random"), session, model, list(drawn))]
     if samples.calibration:
         found.append(_compared(_said(record, artifact, "real"), session, model, samples.calibration[:REAL_CASES]))
     return found
+
+
+def _artifact(record: Path) -> Artifact:
+    try:
+        return Artifact.load(record)
+    except BuildError as error:
+        if error.__cause__ is None:  # the file is another than the one that was built: the answer is no
+            raise
+        raise EspalierError(str(error)) from error  # there is no record or no file: wrong use
 
 
 def _model(record: Path, artifact: Artifact, models: Models) -> nn.Module:
