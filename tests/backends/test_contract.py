@@ -16,6 +16,7 @@ from backends.artifact import Artifact
 from backends.contract import Runtime, flattened
 from backends.export import _constants
 from backends.parity import CASES, RELATIVE_TOLERANCE
+from backends.quiet import quietly
 from backends.registry import known
 from profiles.errors import BackendUnavailable, BuildError
 from profiles.schema import Device, Dtype, Match, Profile
@@ -378,7 +379,8 @@ def test_no_constant_of_a_file_is_subnormal(
         model[11].weight[0, :5] = 1e-41
     stored: list[bytes] = []
     if runtime.NAME == "executorch":  # what its file holds is packed by XNNPACK's own serialiser
-        from executorch.exir._serialize._named_data_store import NamedDataStore
+        with quietly():
+            from executorch.exir._serialize._named_data_store import NamedDataStore
 
         add = NamedDataStore.add_named_data
 

@@ -306,7 +306,11 @@ def test_verify_compares_with_pytorch_on_inputs_not_seen(call: Call, made: Path,
 
 def test_verify_says_no_to_what_computes_something_else(call: Call, made: Path, built: Path) -> None:
     record = built / "dense.onnxruntime.onnx.json"
-    code, out, _ = call("verify", record, *MODEL, "--json")  # other weights: those of a fresh factory
+    other = tiny.model()
+    with torch.no_grad():
+        other.fc.bias += 1
+    save(other, built / "other.safetensors")
+    code, out, _ = call("verify", record, *MODEL, "--weights", built / "other.safetensors", "--json")
     assert code == 1
     (found,) = json.loads(out)["artifacts"]
     assert found["ok"] is False
