@@ -57,7 +57,8 @@ class Artifact(BaseModel):
 
     `path` is absolute in memory; `save` writes it relative to the JSON file where it can, so a folder can be moved.
     `parity` is over random inputs, `parity_real` over the calibration data if there was any. `settings` are the options
-    of the runtime that it was built with and is opened with. `remarks` name layers that the device dislikes or leaves
+    of the runtime that it was built with and is opened with. `built_from` is the digest of the model and the profile:
+    what is built from the same is the same. `remarks` name layers that the device dislikes or leaves
     to another processor. `estimate` is the compiler's, for devices that are not here.
     """
 
@@ -68,6 +69,7 @@ class Artifact(BaseModel):
     runtime_version: str
     profile: str | None
     plan_sha256: Sha256 | None = None
+    built_from: Sha256 | None = None
     path: str
     sha256: Sha256
     size_bytes: NonNegativeInt

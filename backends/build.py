@@ -1,5 +1,6 @@
 """Building: write a model file, prove its parity, and only then let it exist."""
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from profiles.errors import BuildError
 if TYPE_CHECKING:
     from profiles.schema import Profile
 
-__all__ = ["Job", "Made"]
+__all__ = ["Job", "Made", "digest_of"]
 
 _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class Job:
             runtime=self.runtime,
             runtime_version=self.version,
             profile=None if self.profile is None else self.profile.id,
+            built_from=digest_of(self.model, self.profile),
             path=str(Path(path).resolve()),
             sha256=sha256_of(content),
             size_bytes=len(content),
@@ -126,3 +128,15 @@ class Job:
     def _own_dtype(self) -> str:
         floats = (tensor.dtype for tensor in (*self.model.parameters(), *self.inputs) if tensor.is_floating_point())
         return str(next(floats, torch.float32)).removeprefix("torch.")
+
+
+def digest_of(model: torch.nn.Module, profile: "Profile | None") -> str:
+    """Return a digest of what a file is built from: the modules of `model`, its weights, and the profile."""
+    digest = hashlib.sha256(str(model).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    digest.update(b"" if profile is None else profile.model_dump_json().encode())
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """ExecuTorch: XNNPACK on x86 and Arm CPUs, fp32 and int8, and Arm's Ethos-U NPUs through Vela, int8."""
 
 import logging
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,8 +74,15 @@ def build(
     if options.delegate == "ethos-u":
         from backends.ethos_u import Compiled  # needs Vela, which XNNPACK does not
 
-        compiled = Compiled.of(job, options.accelerator or "", options.system_config, options.memory_mode)
-        return job.make(path, write=compiled.write, opened=compiled.session, settings=options.recorded())
+        compiled = cache(  # when `make` asks for it, which first says what the device dislikes
+            partial(Compiled.of, job, options.accelerator or "", options.system_config, options.memory_mode)
+        )
+        return job.make(
+            path,
+            write=lambda file: compiled().write(file),
+            opened=lambda content: compiled().session(content),
+            settings=options.recorded(),
+        )
     return job.make(
         path,
         write=partial(_write, job),

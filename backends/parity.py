@@ -11,7 +11,16 @@ from backends.samples import CASES, Inputs, Samples
 from planner.evaluation import evaluating
 from profiles.errors import BuildError
 
-__all__ = ["CASES", "RELATIVE_TOLERANCE", "TOLERANCES", "accuracy_of", "check_parity", "parity_of", "random_cases"]
+__all__ = [
+    "CASES",
+    "RELATIVE_TOLERANCE",
+    "TOLERANCES",
+    "accuracy_of",
+    "check_parity",
+    "parity_of",
+    "random_cases",
+    "tolerance_of",
+]
 
 RELATIVE_TOLERANCE = 1e-4
 # The largest relative error of a format that rounds: 32 of its rounding units for fp16 and bf16. int8 is judged
@@ -60,11 +69,18 @@ def accuracy_of(session: Session, *, model: torch.nn.Module, samples: Samples) -
     return Accuracy(examples=examples, compiled=compiled / examples, pytorch=pytorch / examples)
 
 
-def random_cases(inputs: Inputs, samples: Samples) -> Iterator[Inputs]:
-    """Yield fresh random inputs like the example, of the mean and the deviation of the calibration data if any."""
-    generator = torch.Generator().manual_seed(_SEED)
+def tolerance_of(dtype: str) -> float:
+    """Return the largest relative error of an artifact of this dtype."""
+    return {"float16": TOLERANCES["fp16"], "bfloat16": TOLERANCES["bf16"], "int8": TOLERANCES["int8"]}.get(
+        dtype, RELATIVE_TOLERANCE
+    )
+
+
+def random_cases(inputs: Inputs, samples: Samples, *, count: int | None = None, seed: int = _SEED) -> Iterator[Inputs]:
+    """Yield `count` random inputs like the example, of the mean and the deviation of the calibration data if any."""
+    generator = torch.Generator().manual_seed(seed)
     moments = [_moments([batch[index] for batch in samples.calibration]) for index in range(len(inputs))]
-    for _ in range(samples.cases):
+    for _ in range(count or samples.cases):
         yield tuple(_like(example, generator, *pair) for example, pair in zip(inputs, moments, strict=True))
 
 

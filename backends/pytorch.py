@@ -23,7 +23,7 @@ from backends.quiet import quietly
 from backends.samples import Samples
 from backends.semi_structured import sparsified_
 from backends.settings import Recorded, Settings, asked
-from backends.subnormals import flushed
+from backends.subnormals import flush_
 from profiles.atomic import write_bytes
 from profiles.errors import BuildError
 
@@ -81,7 +81,7 @@ def build(
     def write(file: Path) -> Made:
         if options.mode == "exported":
             graph = _module(model, options)
-            count = _flush_(graph)
+            count = sum(map(flush_, (*graph.parameters(), *graph.buffers())))
             write_bytes(file, saved_program(graph, tuple(_placed(tensor, options) for tensor in inputs)))
             return Made(count)
         return Made(_write(model, file))
@@ -129,9 +129,7 @@ def _write(model: torch.nn.Module, path: Path) -> int:
             raise BuildError(f"the state {name} is a {type(value).__name__}, not a tensor; keep it out of state_dict()")
         # A copy each: safetensors refuses tensors that share memory, which tied weights do.
         tensor = value.detach().cpu().contiguous().clone()
-        if tensor.dtype in (torch.float32, torch.float64):
-            values, count = flushed(tensor.numpy())
-            tensor, total = torch.from_numpy(values), total + count
+        total += flush_(tensor)
         weights[name] = tensor
     write_bytes(path, safetensors.torch.save(weights))
     return total
@@ -169,16 +167,6 @@ def _loaded(model: torch.nn.Module, content: bytes, options: Options) -> Any:
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise BuildError(f"the weights do not fit the module: {error}; pass the module that was built") from error
     return _module(module, options)
-
-
-def _flush_(module: torch.nn.Module) -> int:
-    total = 0
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.dtype in (torch.float32, torch.float64):
-            values, count = flushed(tensor.detach().cpu().contiguous().numpy())
-            tensor.data.copy_(torch.from_numpy(values))
-            total += count
-    return total
 
 
 def _placed(tensor: torch.Tensor, options: Options) -> torch.Tensor:

@@ -18,7 +18,7 @@ from backends.contract import Array
 from backends.export import _constants, _flush, export_onnx
 from backends.quiet import quietly
 from backends.samples import Inputs, Samples
-from backends.subnormals import flushed
+from backends.subnormals import flush_
 from planner.evaluation import evaluating
 from profiles.errors import BackendUnavailable, BuildError
 
@@ -96,7 +96,7 @@ def exported(model: torch.nn.Module, inputs: Inputs) -> tuple[Any, int]:
             raise BuildError(f"the model cannot be exported: {error}") from error
     with torch.no_grad():
         _fuse_conv_bn_(graph)
-        count = sum(_flush_(tensor) for tensor in (*graph.parameters(), *graph.buffers()))
+        count = sum(map(flush_, (*graph.parameters(), *graph.buffers())))
     return graph, count
 
 
@@ -144,15 +144,6 @@ def _flush_file(path: Path) -> int:
     model = onnx.load(path)
     count = sum(_flush(tensor) for tensor in _constants(model.graph))
     path.write_bytes(model.SerializeToString())
-    return count
-
-
-def _flush_(tensor: torch.Tensor) -> int:
-    if tensor.dtype not in (torch.float32, torch.float64):
-        return 0
-    values, count = flushed(tensor.detach().numpy())
-    if count:
-        tensor.data.copy_(torch.from_numpy(values))
     return count
 
 

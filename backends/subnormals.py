@@ -3,9 +3,10 @@
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-__all__ = ["flushed"]
+__all__ = ["flush_", "flushed"]
 
 # Bits of the exponent. Half precision is absent: its subnormals start at 6e-5, too large to call zero.
 _EXPONENT = {
@@ -29,3 +30,18 @@ def flushed(values: NDArray[Any]) -> tuple[NDArray[Any], int]:
     subnormal = ((bits & unsigned(exponent)) == 0) & ((bits << unsigned(1)) != 0)
     bits[subnormal] = 0
     return result, int(subnormal.sum())
+
+
+def flush_(tensor: torch.Tensor) -> int:
+    """Set every subnormal of a tensor to 0, in place, and return how many there were; fp16 keeps its own."""
+    if tensor.dtype == torch.bfloat16:  # NumPy has none: it is the upper half of an fp32, with the same exponent
+        wide = tensor.detach().cpu().float()
+        count = flush_(wide)
+    elif tensor.dtype in (torch.float32, torch.float64):
+        values, count = flushed(tensor.detach().cpu().contiguous().numpy())
+        wide = torch.from_numpy(values)
+    else:
+        return 0
+    if count:
+        tensor.data.copy_(wide)
+    return count

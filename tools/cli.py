@@ -20,7 +20,7 @@ import planner
 from planner import LatencyTable, Plan, Recipe, Scope
 from profiles import atomic
 from profiles.errors import BuildError, EspalierError
-from tools import calibrate_cli, plan_cli, profiles_cli
+from tools import calibrate_cli, compile_cli, plan_cli, profiles_cli
 from tools.scoping import scoped
 
 app = typer.Typer(
@@ -31,6 +31,8 @@ app.command()(profiles_cli.detect)
 app.command()(calibrate_cli.calibrate)
 app.command()(plan_cli.plan)
 app.command()(plan_cli.sensitivity)
+app.command(name="compile")(compile_cli.compile_)
+app.command()(compile_cli.verify)
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 out_console, console = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
 
@@ -149,29 +151,6 @@ def rebuild(
     save(small, out)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (net, small))
     _print(as_json, {"out": out, "params": after, "dense_params": before}, f"{out}: {after:,} of {before:,} parameters")
-
-
-@app.command(name="compile")
-def compile_(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", help="the compiled file")],
-    runtime: Annotated[
-        str | None, typer.Option("--runtime", help="the runtime [default: the profile's, or onnxruntime]")
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option("--profile", help="number format and options [default: fp32]; int8 needs --data")
-    ] = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="the plan that --weights were rebuilt with")] = None,
-    weights: Weights = None,
-    inputs: Inputs = None,
-    data: MaybeData = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compile a rebuilt (or, without --plan, a dense) model, checked against PyTorch."""
-    from tools.stages import compiled, told
-
-    artifact = compiled(model, out, runtime, profile=profile, plan=plan, weights=weights, inputs=inputs, data=data)
-    _print(as_json, artifact.model_dump(mode="json"), told(artifact))
 
 
 @app.command()

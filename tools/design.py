@@ -27,8 +27,9 @@ def design(graph: Graph, options: Options, *, seed: int = 0) -> list[Choice]:
         keep = {}
         for name, counts in options.items():
             size = graph.width[name].size
-            kept_whole = graph.width[name].is_stream and index // 2 % 2 == 0
-            some = size if kept_whole or random.random() < whole else max(1, round(size * random.uniform(_NARROWEST, 1)))
+            some = max(1, round(size * random.uniform(_NARROWEST, 1)))
+            if random.random() < whole or (graph.width[name].is_stream and index // 2 % 2 == 0):
+                some = size
             keep[name] = min(counts, key=lambda kept: abs(kept - some)) if random.random() < on_grid else some
         share = random.uniform(0.1, 0.6) if index % 2 else 0.0
         gone = frozenset(name for name in blocks if random.random() < share)

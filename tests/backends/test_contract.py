@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import backends
 from backends.artifact import Artifact
 from backends.contract import Runtime, flattened
+from backends.export import _constants
 from backends.parity import CASES, RELATIVE_TOLERANCE
+from backends.quiet import quietly
 from backends.registry import known
 from profiles.errors import BackendUnavailable, BuildError
 from profiles.schema import Device, Dtype, Match, Profile
@@ -356,6 +358,45 @@ def test_a_file_that_is_already_there_is_not_taken_for_the_new_model(
     assert stale.sha256 != fresh.sha256
     with pytest.raises(BuildError, match="changed since it was built"):
         stale.content()
+
+
+def floats_of(name: str, content: bytes) -> np.ndarray:
+    """Return the bits of the fp32 constants in a file of a runtime."""
+    if name == "pytorch":
+        arrays = [value.numpy() for value in safetensors.torch.load(content).values()]
+    else:
+        onnx = pytest.importorskip("onnx")
+        arrays = [onnx.numpy_helper.to_array(value) for value in _constants(onnx.load_from_string(content).graph)]
+    return np.concatenate([each.ravel().view(np.uint32) for each in arrays if each.dtype == np.float32])
+
+
+def test_no_constant_of_a_file_is_subnormal(
+    runtime: Runtime, model: nn.Module, inputs: tuple[Tensor, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        model[0].weight[:3] = 1e-30
+        model[1].weight[:3] = 1e-10  # folded into the convolution: 1e-40, a subnormal
+        model[11].weight[0, :5] = 1e-41
+    stored: list[bytes] = []
+    if runtime.NAME == "executorch":  # what its file holds is packed by XNNPACK's own serialiser
+        with quietly():
+            from executorch.exir._serialize._named_data_store import NamedDataStore
+
+        add = NamedDataStore.add_named_data
+
+        def noted(self: object, key: str, data: object, *rest: object, **more: object) -> None:
+            stored.append(data.numpy().tobytes() if isinstance(data, Tensor) else bytes(data))
+            add(self, key, data, *rest, **more)
+
+        monkeypatch.setattr(NamedDataStore, "add_named_data", noted)
+    artifact = runtime.build(model, inputs, None, file_of(runtime, tmp_path))
+    if runtime.NAME == "tensorrt":
+        pytest.skip("an engine cannot be read; the ONNX file that it is made of is the one of onnxruntime")
+    found = np.frombuffer(b"".join(stored), np.uint32) if stored else floats_of(runtime.NAME, artifact.content())
+    assert len(found) >= 3 * 8 * 9 + 16 * 8 * 9 + 16 * 5
+    assert not (((found & 0x7F800000) == 0) & ((found & 0x007FFFFF) != 0)).any()
+    folded = 3 * 27 if runtime.NAME != "pytorch" else 0  # eager PyTorch is measured as the module is: not folded
+    assert artifact.subnormals_flushed >= 5 + folded
 
 
 class Spy(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import backends
 from backends.export import _constants, _flush
-from backends.subnormals import flushed
+from backends.subnormals import flush_, flushed
 from profiles.errors import BuildError
 
 onnx = pytest.importorskip("onnx")
@@ -59,6 +59,21 @@ def test_flushing_leaves_other_types_alone(dtype: type) -> None:
     found, count = flushed(values)
     np.testing.assert_array_equal(found, values)
     assert count == 0
+
+
+@pytest.mark.parametrize(("dtype", "small"), [(torch.float32, 1e-40), (torch.float64, 1e-310), (torch.bfloat16, 1e-40)])
+def test_tensors_are_flushed_in_place(dtype: torch.dtype, small: float) -> None:
+    normal = torch.finfo(dtype).smallest_normal
+    tensor = torch.nn.Parameter(torch.tensor([[small, -small], [normal, -1.0]], dtype=dtype).t())  # strided
+    assert int(tensor.count_nonzero()) == 4
+    assert flush_(tensor) == 2
+    assert tensor.tolist() == [[0.0, normal], [0.0, -1.0]]
+    assert flush_(tensor) == 0
+
+
+def test_subnormals_of_half_precision_are_numbers() -> None:
+    tensor = torch.tensor([6e-8], dtype=torch.float16)
+    assert (flush_(tensor), float(tensor) > 0) == (0, True)
 
 
 def test_an_export_has_no_subnormal_constant_even_where_folding_makes_one(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from archspec.cpu import detect as archspec_detect
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from backends.parity import TOLERANCES, random_cases
 from backends.registry import known
 from backends.samples import Samples
 from profiles.errors import BackendUnavailable, BuildError
+from profiles.schema import Profile
 
 from .nets import IMAGE, profile_of, rule, samples, stripes, trained
 
@@ -257,6 +259,45 @@ def test_a_disliked_shape_is_told_by_layer_before_compiling(tmp_path: Path, capl
     ]
     assert all(remark in caplog.text for remark in artifact.remarks)
     assert "reject, the convolution runs elsewhere" in caplog.text
+
+
+def on_grid(profile: Profile) -> Profile:
+    reject, source = rule("out_channels", "reject", 32)
+    return profile.model_copy(update={"granularity": (reject,), "source": (source,)})
+
+
+@pytest.mark.parametrize("name", ["ethos-u", "executorch", "onnxruntime", "openvino", "pytorch"])
+def test_every_runtime_tells_disliked_shapes_before_it_compiles(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if name == "ethos-u":
+        pytest.importorskip("ethosu.vela", reason="Vela is not installed: pip install 'espalier[ethos-u]'")
+        profile = profile_of("executorch", "int8", kind="npu", arch="ethos-u55-128")
+    else:
+        profile = profile_of(name, "fp32")
+    pytest.importorskip(profile.runtime.name if name != "pytorch" else "torch", reason=f"{name} is not installed")
+
+    def compiling(*_: object, **__: object) -> None:
+        raise RuntimeError("compiling")
+
+    for module in (torch.onnx, torch.export):
+        monkeypatch.setattr(module, "export", compiling)
+    monkeypatch.setattr(safetensors.torch, "save", compiling)
+    with pytest.raises((BuildError, RuntimeError), match="compiling"):
+        backends.load(profile.runtime.name).build(
+            trained(), INPUTS, on_grid(profile), tmp_path / "x", samples=samples()
+        )
+    assert "stem.0: out_channels 16 of a conv2d is no multiple of 32: reject" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disliked_shapes_are_told_of_a_model_that_is_a_graph() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 16, 3, padding="same"), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 64, 1))
+    graph = torch.export.export(net, INPUTS).module(check_guards=False)
+    strict = on_grid(profile_of("pytorch", "fp32"))
+    (remark,) = beside_the_grid(graph, strict)
+    assert remark == beside_the_grid(net, strict)[0]
+    assert remark.startswith("0: out_channels 16 of a conv2d")
 
 
 def test_channels_of_a_grouped_convolution_are_counted_per_group() -> None:
