@@ -93,7 +93,8 @@ def _measure(
         return
     bench = calibration.bench(net, example, device, threads=threads)
     estimates = calibration.by_compiler(device)
-    with Stage(console).phase("estimate latency table" if estimates else "measure latency table") as phase, one_thread():
+    doing = "estimate" if estimates else "measure"
+    with Stage(console).phase(f"{doing} latency table") as phase, one_thread():
         table = calibration.calibrate(bench, progress=phase.step, fresh=fresh)
     table.save(out)
     what = "estimated by its compiler, not measured; " if estimates else ""
