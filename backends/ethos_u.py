@@ -92,7 +92,8 @@ def compiler() -> str:
 
 def dialect(accelerator: str, system_config: str | None, memory_mode: str | None) -> str:
     """Return the dialect of TOSA that the accelerator's programs are in; several accelerators share one."""
-    return str(_spec(accelerator, system_config, memory_mode).tosa_spec)
+    with quietly():
+        return str(_spec(accelerator, system_config, memory_mode).tosa_spec)
 
 
 def estimate_of(reports: list[tuple[dict[str, str], list[dict[str, str]]]], *, compiler: str) -> Estimate:

@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.quiet import quietly
 from profiles.errors import BuildError
 
 __all__ = ["Layer", "TosaProgram"]
@@ -73,7 +74,9 @@ class TosaProgram:
         import tosa_serializer as serializer
 
         file = serializer.TosaSerializer()
-        if not file.loadTosaFlatbuffer(str(path)):
+        with quietly():  # it tells of every file that it reads an older version of TOSA
+            known = file.loadTosaFlatbuffer(str(path))
+        if not known:
             raise BuildError(f"{path} is no TOSA program; lower the model again")
         blocks = [block for region in file.regions for block in region.basicBlocks]
         if len(blocks) != 1:

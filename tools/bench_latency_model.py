@@ -10,8 +10,8 @@ profile's documented rules alone, and from multiply-accumulates. Printed are the
 Kendall's rank correlation of each. With `--json` every measurement is written as it is made, and a later run goes on
 from there. Exit 1 if a limit is missed.
 
-With `--runtimes vela`, for three Ethos-U, nothing is measured: the table and what it is held against are the compiler's
-estimates.
+With `--runtimes vela`, for three Ethos-U, or the profile of one, nothing is measured: the table and what it is held
+against are the compiler's estimates.
 """
 
 import json
@@ -185,7 +185,8 @@ def run(case: Case, profile: Profile, *, count: int, seconds: float, file: Path 
 
 def _cases(networks: str, runtimes: str, batches: str, seed: int, stage: Stage) -> list[tuple[Case, Profile]]:
     found = []
-    for runtime in runtimes.replace("vela", ",".join(NPUS)).split(","):
+    wanted = (each for name in runtimes.split(",") for each in (NPUS if name == "vela" else (name,)))
+    for runtime in wanted:
         npu = profiles.load(runtime) if runtime in NPUS else None
         try:
             version = backends.load(npu.runtime.name if npu else runtime).version()

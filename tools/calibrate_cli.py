@@ -26,6 +26,9 @@ def calibrate(
         str | None, typer.Option("--inputs", help="input shape, e.g. 1x3x32x32 [default: from --data]")
     ] = None,
     data: Annotated[str | None, typer.Option("--data", help="package.module:factory of (train, test)")] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="safetensors file of the weights, which an NPU's compiler packs")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="threads of the runtime")] = 1,
     check: Annotated[
         bool, typer.Option("--check", help="hold the profile's rules against staircases; exit 1 if one disagrees")
@@ -53,7 +56,8 @@ def calibrate(
     if import_ is not None and kit is not None:
         _import(model, import_, kit, out or Path("table.json"), as_json)
         return
-    _measure(model, (profile, inputs, data), out or Path("table.json"), threads, kit, fresh=fresh, as_json=as_json)
+    source = (profile, inputs, data, weights)
+    _measure(model, source, out or Path("table.json"), threads, kit, fresh=fresh, as_json=as_json)
 
 
 def _print(as_json: bool, content: Any, words: str) -> None:
@@ -62,7 +66,7 @@ def _print(as_json: bool, content: Any, words: str) -> None:
 
 def _measure(
     model: str,
-    source: tuple[str | None, str | None, str | None],
+    source: tuple[str | None, str | None, str | None, Path | None],
     out: Path,
     threads: int,
     kit: Path | None,
@@ -70,25 +74,30 @@ def _measure(
     fresh: bool,
     as_json: bool,
 ) -> None:
+    import torch
+
     from tools import calibrate as calibration
     from tools.kit import write_kit
     from tools.pipeline import chosen
     from tools.sources import example_inputs, load_data, load_model
     from tools.threads import one_thread
 
-    profile, inputs, data = source
+    profile, inputs, data, weights = source
+    torch.manual_seed(0)  # without weights: those that an earlier calibration had, whose work is kept
     example = example_inputs(inputs, load_data(data).test if data else None)
-    net, device = load_model(model), chosen(profile)
+    net, device = load_model(model, weights), chosen(profile)
     if kit is not None:
         with Stage(console).phase("write the kit") as phase:
             write_kit(net, example, device, kit, threads=threads, progress=phase.step)
         _print(as_json, {"kit": kit}, f"{kit}: copy it to the device, run python3 run.py, copy results.json back")
         return
     bench = calibration.bench(net, example, device, threads=threads)
-    with Stage(console).phase("measure latency table") as phase, one_thread():
+    estimates = calibration.by_compiler(device)
+    doing = "estimate" if estimates else "measure"
+    with Stage(console).phase(f"{doing} latency table") as phase, one_thread():
         table = calibration.calibrate(bench, progress=phase.step, fresh=fresh)
     table.save(out)
-    what = "estimated by its compiler, not measured; " if calibration.by_compiler(device) else ""
+    what = "estimated by its compiler, not measured; " if estimates else ""
     words = (
         f"{len(table.probes)} networks, {len(table.entries)} entries, {what}"
         f"error on unseen networks {table.mean_error:.1%}"

@@ -132,7 +132,9 @@ def tabled(bench: Bench, *, progress: Progress, fresh: bool = False) -> LatencyT
     """
     options = candidates(bench.graph, bench.profile)
     wanted = design(bench.graph, options)
+    program = _lowered(bench.model, bench.graph, dialect(*_target(options_for(bench.profile))))
     path = cache_path(bench, [choice for choice, _ in wanted])
+    path = path.with_stem(f"{path.stem}-{program.stem}")  # the compiler packs the weights
     if path.exists() and not fresh:
         return LatencyTable.load(path)
     part = path.with_suffix(".part.json")
