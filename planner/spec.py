@@ -165,7 +165,7 @@ class Plan(_Part):
     def from_elsewhere(self, reasons: tuple[str, ...]) -> Self:
         """Return the plan that says why its latency table does not belong to this machine or to these conditions."""
         found = self.predicted.basis
-        basis = "measured elsewhere" if found == "measured here" else found
+        basis = found if found == "estimated by the compiler" else "measured elsewhere"
         predicted = self.predicted.model_copy(update={"basis": basis})
         return self.model_copy(update={"predicted": predicted, "notes": (*self.notes, *reasons)})
 

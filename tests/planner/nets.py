@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from planner.graph import Graph, trace
 from planner.groups import group
 from planner.latency import Entry, LatencyTable
+from planner.scope import Scope
 from planner.structures import Depth, Filter
 from profiles.evidence import Source
 from profiles.schema import Device, Dtype, Peak, Profile, Runtime
@@ -394,3 +395,8 @@ def table_of(graph: Graph, cost: Mapping[tuple[str, int, int], float], **about: 
     content = {"profile": "any.pytorch.fp32", "runtime": "pytorch", "runtime_version": "1", "device": "test"}
     content |= {"threads": 1, "created": "today", "fingerprint": graph.fingerprint, "overhead_s": 1e-5}
     return LatencyTable(**{**content, "entries": entries, "probes": (), "rates": {}, **about})
+
+
+def whole_streams(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Scope:
+    """Return a scope in which residual streams keep all of their channels."""
+    return Scope(min_width={width.name: width.size for width in trace(model, inputs).cuttable if width.is_stream})

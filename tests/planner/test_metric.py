@@ -206,7 +206,8 @@ def fresh() -> nn.Module:
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     """Narrower widths."""
-    return planner.plan(fresh(), (torch.ones(PIXELS),), nets.anywhere(), latency=0.5)
+    inputs = (torch.ones(PIXELS),)
+    return planner.plan(fresh(), inputs, nets.anywhere(), latency=0.5, scope=nets.whole_streams(fresh(), inputs))
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:

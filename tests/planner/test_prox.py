@@ -47,7 +47,8 @@ def plan() -> Plan:
     widths = {w.name: {n: (1 - n / w.size) ** 2 for n in range(1, w.size + 1)} for w in graph.cuttable}
     blocks = {block.name: 10.0 * (block.name != "layer2.0") for block in graph.blocks}
     importance = Importance("by hand", widths, blocks, {})
-    plan = planner.plan(fresh(), INPUTS, nets.anywhere(), latency=0.5, importance=importance)
+    scope = nets.whole_streams(fresh(), INPUTS)
+    plan = planner.plan(fresh(), INPUTS, nets.anywhere(), latency=0.5, importance=importance, scope=scope)
     assert [(pool.structure, 0 < pool.budget < 8) for pool in plan.pools] == [
         ("filter", True), ("filter", True), ("depth", False),
     ]  # fmt: skip
