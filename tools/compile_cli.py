@@ -70,16 +70,8 @@ def compile_(
         return
     if len(given) > 1 or len(own) > 1 or dense_weights:
         raise EspalierError("several plans are compiled with --targets a,b,c; without, give one plan and its --weights")
-    artifact = compiled(
-        model,
-        out,
-        runtime,
-        profile=profile,
-        plan=next(iter(given), None),
-        weights=next(iter(own), None),
-        inputs=inputs,
-        data=data,
-    )
+    first, its = next(iter(given), None), next(iter(own), None)
+    artifact = compiled(model, out, runtime, profile=profile, plan=first, weights=its, inputs=inputs, data=data)
     _print(as_json, artifact.model_dump(mode="json"), told(artifact))
 
 
