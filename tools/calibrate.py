@@ -31,7 +31,7 @@ from planner.latency import ESTIMATE, LatencyTable, Probe, cross_validated, fit,
 from planner.operations import Choice
 from profiles import Machine, Profile, atomic
 from profiles.errors import BackendUnavailable, PlanError
-from tools.design import Options, design
+from tools.design import Options, design, off_the_grid
 from tools.place import Place, belongs
 
 Progress = Callable[[str, int, int], None]
@@ -247,7 +247,8 @@ def _probe(choice: Choice, rounds_s: Sequence[float], runs: int, dense_s: float)
 def _opened(bench: Bench, choice: Choice, stem: Path, *, times: int = 1) -> list[Candidate]:
     small, path = network(bench.model, bench.graph, choice), stem.with_suffix(bench.runtime.SUFFIX)
     samples = random_samples(bench.inputs, bench.profile)
-    artifact = bench.runtime.build(small, bench.inputs, bench.profile, path, threads=bench.threads, samples=samples)
+    with off_the_grid():
+        artifact = bench.runtime.build(small, bench.inputs, bench.profile, path, threads=bench.threads, samples=samples)
     return [
         Candidate.of(bench.runtime, artifact, bench.inputs, label=f"{stem.name}, {n}", model=small)
         for n in range(times)

@@ -1,6 +1,8 @@
 """Which networks calibration measures: random ones, as uneven as plans are, on the profile's grid and off it."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -35,3 +37,15 @@ def design(graph: Graph, options: Options, *, seed: int = 0) -> list[Choice]:
         gone = frozenset(name for name in blocks if random.random() < share)
         wanted.append(graph.choice(keep, gone))
     return wanted
+
+
+@contextmanager
+def off_the_grid() -> Iterator[None]:
+    """Keep the builder from warning of widths that the device dislikes: here they are the question."""
+    logger = logging.getLogger("backends.build")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -24,7 +24,7 @@ from planner.latency import LatencyTable, Probe
 from planner.operations import Choice
 from profiles import BackendUnavailable, PlanError, Profile, atomic, load
 from tools.calibrate import Progress, batch_of, fitted_at, network, random_samples
-from tools.design import design
+from tools.design import design, off_the_grid
 from tools.place import Place
 
 MANIFEST, RUNNER, RESULTS = "manifest.json", "run.py", "results.json"
@@ -186,7 +186,8 @@ def _write(model: nn.Module, inputs: tuple[Tensor, ...], profile: Profile, path:
     elif name == "executorch" or wanted == "int8":
         from backends import load as runtime_of
 
-        runtime_of(name).build(model, inputs, profile, path, samples=random_samples(inputs, profile))
+        with off_the_grid():
+            runtime_of(name).build(model, inputs, profile, path, samples=random_samples(inputs, profile))
     else:
         export_onnx(model, inputs, path)
 

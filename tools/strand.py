@@ -4,10 +4,8 @@ The time of a call, of the first layout conversion and of the last is the same i
 difference is what the operation adds inside a network, with what the runtime fuses behind it.
 """
 
-import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -20,6 +18,7 @@ from backends import Candidate, Measurement, compare, load
 from backends.contract import Runtime
 from profiles import Profile
 from tools.calibrate import random_samples
+from tools.design import off_the_grid
 from tools.staircase import Floats, Point
 
 SHORT, LONG = 2, 8
@@ -183,21 +182,9 @@ class Strands:
         samples = random_samples(inputs, self.profile)
         label = f"{width}x{length}"
         path = folder / f"{label}{self.runtime.SUFFIX}"
-        with _off_the_grid():
+        with off_the_grid():
             artifact = self.runtime.build(network, inputs, self.profile, path, threads=self.threads, samples=samples)
         return Candidate.of(self.runtime, artifact, inputs, label=label, model=network)
-
-
-@contextmanager
-def _off_the_grid() -> Iterator[None]:
-    """Keep the builder from warning of widths that the device dislikes: here they are the question."""
-    logger = logging.getLogger("backends.build")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _point(width: int, short: Measurement, long: Measurement, scale: Floats) -> Point:
