@@ -9,7 +9,7 @@ demo: .venv/demo.stamp
 test: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("espalier needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -39,7 +39,7 @@ _TOGETHER = 12  # probes timed in turns with the dense network
 _DENSE = 2  # instances of the dense network, as all others are relative to it
 _UNREST, _TIMED_S = 0.03, 15.0  # timed again while 95 % intervals are wider than this share, for no longer
 _LIMIT_S = 160.0  # no networks are begun that would take longer in all
-_ENOUGH, _LEAST = 0.02, 24  # mean error on networks left out of the fit, and how many it takes to trust that
+_ENOUGH, _LEAST = 0.01, 48  # mean error on networks left out of the fit, and how many it takes to trust that
 _LONGER = 4
 
 
