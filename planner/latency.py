@@ -98,7 +98,7 @@ class Fitted(_Part):
 class LatencyTable(Fitted):
     """A latency table measured in one runtime on one device, for the operations that one model can become."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     profile: str
     runtime: str
     runtime_version: str

@@ -157,13 +157,16 @@ class Rules:
         )
 
     def alignment(self, operation: Operation, inputs: int, outputs: int) -> str:
-        """Return of which of the quanta that the profile states the widths are multiples: one "+" or "-" for each."""
-        quanta = [
-            (rule.quantum, n)
-            for axis, n in (("out_channels", outputs), ("in_channels", inputs))
-            for rule in self._rules(operation, axis)
-        ]
-        return "".join("-" if n % quantum else "+" for quantum, n in quanta)
+        """Return of which of the quanta that the profile states the widths are multiples, a sign for each.
+
+        "+" is a multiple, "-" is not, and "." is less than what the rule is about.
+        """
+        rules = {
+            (r.quantum, r.at_least): r for axis in ("out_channels", "in_channels") for r in self._rules(operation, axis)
+        }
+        return "".join(
+            "." if n < r.at_least else "-" if n % r.quantum else "+" for n in (outputs, inputs) for r in rules.values()
+        )
 
     def _rules(self, operation: Operation, axis: str) -> tuple[Granularity, ...]:
         """Return the rules of an axis that have evidence; none for groups, whose own widths are never cut."""

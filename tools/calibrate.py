@@ -68,6 +68,7 @@ class Bench:
         """Return what a table must agree on to be reused."""
         place = self.place()
         return {
+            "schema": str(LatencyTable.model_fields["schema_version"].default),
             "profile": self.profile.id,
             "runtime": f"{place.runtime} {place.runtime_version}",
             "driver": str(place.driver_version),

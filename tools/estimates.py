@@ -33,9 +33,10 @@ from planner.operations import Choice, Operation
 from profiles import Profile, atomic
 from profiles.errors import BuildError
 from tools.calibrate import Bench, Countdown, Progress, cache_path, random_samples
+from tools.design import design as uneven
 from tools.place import Place
 
-_JUDGES = 6
+_UNEVEN, _JUDGES = 40, 6
 
 
 class Estimated(BaseModel):
@@ -191,7 +192,8 @@ def design(graph: Graph, options: Mapping[str, Sequence[int]], *, seed: int = 0)
     """Return the networks to compile, with whether each only judges the table.
 
     Every width takes each of its candidates, the width just past each, and those halfway to the next, in an order of
-    its own, so that what is beside an operation differs. Those that judge have any widths, and blocks removed.
+    its own, so that what is beside an operation differs; then come networks as uneven as plans. Those that judge have
+    any widths, and blocks removed.
     """
     random = np.random.default_rng(seed)
     steps = {name: _sampled(counts) for name, counts in options.items()}
@@ -199,6 +201,7 @@ def design(graph: Graph, options: Mapping[str, Sequence[int]], *, seed: int = 0)
     orders = {name: random.permutation(np.resize(np.array(counts), rounds)) for name, counts in steps.items()}
     wanted = [(graph.dense, False)]
     wanted += [(graph.choice({n: int(o[k]) for n, o in orders.items()}, frozenset()), False) for k in range(rounds)]
+    wanted += [(choice, False) for choice in uneven(graph, options, seed=seed)[1 : 1 + _UNEVEN]]
     for _ in range(_JUDGES):
         keep = {name: int(random.integers(1, counts[-1], endpoint=True)) for name, counts in options.items()}
         gone = frozenset(block.name for block in graph.blocks if not block.frozen and random.random() < 0.3)

@@ -37,7 +37,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
 
 def test_a_table_says_where_it_was_measured_and_what_each_entry_rests_on(table: LatencyTable) -> None:
     here = a_bench().place()
-    assert table.schema_version == 2
+    assert table.schema_version == 3
     for name in ("device", "device_model", "runtime", "runtime_version", "driver_version", "threads", "batch"):
         assert getattr(table, name) == getattr(here, name), name
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")

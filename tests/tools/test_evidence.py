@@ -1,0 +1,72 @@
+"""Tables of the README come from the files of evidence, and from nowhere else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from profiles.errors import EspalierError
+from tools.evidence import record, render
+
+SCORE = {"case": "net b1 onnxruntime 1.31.1 seed 3", "networks": 25, "mape": 0.012, "worst": 0.21, "tau": 0.96}
+ROWS = [
+    {**SCORE, "basis": basis, "missed": ["worst"] if basis == "table" else []} for basis in ("table", "rules", "macs")
+]
+
+
+def added(folder: Path, rows: list[dict[str, object]]) -> record.Evidence:
+    record.add("latency", rows, command="python -m bench", key=("case", "basis"), folder=folder)
+    return record.read("latency", folder)
+
+
+def test_rows_of_the_same_key_are_replaced_and_others_stay(tmp_path: Path) -> None:
+    assert len(added(tmp_path, ROWS).rows) == 3
+    found = added(tmp_path, [{**ROWS[1], "tau": 0.5}, {**ROWS[1], "case": "other"}])
+    assert [(row["case"][:3], row["basis"], row["tau"]) for row in found.rows] == [
+        ("net", "table", 0.96),
+        ("net", "rules", 0.5),
+        ("net", "macs", 0.96),
+        ("oth", "rules", 0.96),
+    ]
+    assert all(len(row["date"]) == 10 for row in found.rows)
+
+
+def test_a_table_is_one_machines(tmp_path: Path) -> None:
+    added(tmp_path, ROWS)
+    path = tmp_path / "latency.json"
+    content = json.loads(path.read_text())
+    content["machine"]["cpu"] = "Another"
+    path.write_text(json.dumps(content))
+    with pytest.raises(EspalierError, match=r"found on another machine \(Another\)"):
+        added(tmp_path, ROWS)
+    assert json.loads(path.read_text()) == content
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), ("{", "no table of this version")])
+def test_what_is_no_table_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "latency.json").write_text(content)
+    with pytest.raises(EspalierError, match=said):
+        record.read("latency", tmp_path)
+
+
+def test_a_table_is_written_between_its_marks_and_bold_is_what_missed(tmp_path: Path) -> None:
+    added(tmp_path, ROWS)
+    text = "before\n<!-- evidence: latency -->\nold\n<!-- end of evidence -->\nafter\n"
+    once = render.rendered(text, tmp_path)
+    assert "| net, 1, onnxruntime | 1.2 % | **21.0 %** | 0.960 | 1.2 % | 0.960 | 1.2 % | 0.960 |\n" in once
+    assert "old" not in once
+    assert once.startswith("before\n")
+    assert once.endswith("-->\nafter\n")
+    assert render.rendered(once, tmp_path) == once
+
+
+def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EspalierError, match="no table is called 'nothing'"):
+        render.rendered("<!-- evidence: nothing -->\n<!-- end of evidence -->", tmp_path)
+
+
+def test_the_readme_holds_what_was_found() -> None:
+    text = render.README.read_text()
+    assert "<!-- evidence: latency -->" in text
+    assert render.rendered(text) == text
