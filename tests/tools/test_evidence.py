@@ -61,6 +61,17 @@ def test_a_table_is_written_between_its_marks_and_bold_is_what_missed(tmp_path: 
     assert render.rendered(once, tmp_path) == once
 
 
+def test_gains_are_shown_by_target_and_estimates_are_told_apart(tmp_path: Path) -> None:
+    dense = {"network": "net", "plan": "dense", "target": "cpu", "mac_speedup": 1.0, "accuracy": 0.9}
+    dense |= {"measured_s": {"value": 0.002, "low": 0.0019, "high": 0.0021}, "speedup": None, "estimated_s": None}
+    half = {**dense, "plan": "cpu", "mac_speedup": 1.9, "speedup": {"value": 2.04, "low": 2.0, "high": 2.1}}
+    npu = {**half, "target": "npu", "speedup": None, "estimated_speedup": 1.7, "accuracy": None}
+    record.add("targets", [dense, half, npu], command="c", key=("network", "plan", "target"), folder=tmp_path)
+    text = render.rendered("<!-- evidence: targets -->\n<!-- end of evidence -->", tmp_path)
+    assert "| net, dense | 1.00x | 2 ms, 90.0 % | - |\n" in text
+    assert "| net, half for cpu | 1.90x | 2.04x, 90.0 % | 1.70x (estimated) |\n" in text
+
+
 def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EspalierError, match="no table is called 'nothing'"):
         render.rendered("<!-- evidence: nothing -->\n<!-- end of evidence -->", tmp_path)

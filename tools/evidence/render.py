@@ -47,12 +47,37 @@ def _bold(text: str, really: bool) -> str:
     return f"**{text}**" if really else text
 
 
+def targets(found: Evidence) -> str:
+    """Return what plans for one runtime gain on every target, a line for each network and plan."""
+    names = list(dict.fromkeys(row["target"] for row in found.rows))
+    by: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in found.rows:
+        by.setdefault((row["network"], row["plan"]), {})[row["target"]] = row
+    lines = []
+    for (network, plan), own in by.items():
+        macs = next(iter(own.values()))["mac_speedup"]
+        cells = [_gain(own[name]) if name in own else "-" for name in names]
+        lines.append([f"{network}, {'dense' if plan == 'dense' else f'half for {plan}'}", f"{macs:.2f}x", *cells])
+    return _markdown(("network, plan", "MACs", *(f"`{name}`" for name in names)), lines)
+
+
+def _gain(row: Row) -> str:
+    if row["plan"] == "dense":
+        seconds = (row["measured_s"] or {}).get("value") or row["estimated_s"]
+        text = "-" if seconds is None else f"{1e3 * seconds:.3g} ms"
+    elif row["speedup"] is not None:
+        text = f"{row['speedup']['value']:.2f}x"
+    else:
+        text = "-" if row["estimated_speedup"] is None else f"{row['estimated_speedup']:.2f}x (estimated)"
+    return text if row["accuracy"] is None else f"{text}, {100 * row['accuracy']:.1f} %"
+
+
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rule = [":--", *["--:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
 
 
-TABLES: dict[str, Callable[[Evidence], str]] = {"latency": latency}
+TABLES: dict[str, Callable[[Evidence], str]] = {"latency": latency, "targets": targets}
 
 
 def rendered(text: str, folder: Path = FOLDER) -> str:
