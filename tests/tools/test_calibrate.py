@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from planner.candidates import candidates
-from planner.latency import LatencyTable
+from planner.latency import LatencyTable, Probe
 from profiles import Machine, load
 from tools import calibrate as calibration
 from tools.calibrate import Bench, Countdown, batch_of, belongs, bench, calibrate, refined
@@ -108,6 +108,25 @@ def test_an_interrupted_calibration_goes_on(monkeypatch: pytest.MonkeyPatch, tmp
     assert sum(size for size in sizes if size > 0) == len(found.probes)
     assert not list(tmp_path.rglob("*.part.json"))
     assert calibrate(one, progress=lambda *_: None) == found  # from the cache
+
+
+@pytest.mark.parametrize(("relatives", "taken"), [((1.0,), 1.0), ((0.2, 1.0, 1.01), 1.0), ((2.0, 1.0, 2.1), 2.0)])
+def test_one_disturbed_measurement_does_not_refine_a_table(
+    table: LatencyTable, monkeypatch: pytest.MonkeyPatch, relatives: tuple[float, ...], taken: float
+) -> None:
+    one, left = a_bench(), list(relatives)
+    dense = table.probes[0]
+    assert dense.choice == one.graph.dense
+
+    def measured(*_: object, **__: object) -> list[Probe]:
+        relative = left.pop(0)
+        return [dense.model_copy(update={"relative": relative, "latency_s": relative * dense.latency_s})]
+
+    monkeypatch.setattr(calibration, "measure_choices", measured)
+    better, error = refined(one, table, one.graph.dense, progress=lambda *_: None)
+    assert left == []
+    assert better.probes[-1].relative == taken
+    assert error == pytest.approx(1 / taken - 1)
 
 
 def test_a_refined_table_keeps_its_place(table: LatencyTable) -> None:

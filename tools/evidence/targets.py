@@ -33,7 +33,6 @@ from tools.calibrate import bench, calibrate, random_samples
 from tools.console import Stage
 from tools.evidence.record import add
 from tools.examples import cifar10
-from tools.planning import Brief, settled
 from tools.targets import DENSE, Row, Target, Variant, Work, gains, table
 from tools.threads import fastest, one_thread
 
@@ -83,8 +82,8 @@ def variant(case: Case, runtime: str, profile: Profile, stage: Stage) -> Variant
         place = bench(model, case.inputs, profile)
         with stage.phase(f"{case.network}: table of {runtime}") as phase, one_thread():
             measured = calibrate(place, progress=phase.step)
-        brief = Brief(model, case.inputs, profile, f"{case.budget:g}", ())
-        settled(brief, place, measured, _importance(case, brief, measured), stage)[0].save(planned)
+        posed = planner.problem(model, case.inputs, profile, table=measured)
+        posed.solve(case.budget, importance=_importance(case, posed)).save(planned)
     plan = Plan.load(planned)
     if weights.exists():
         load_into_(model, read(weights), weights)
@@ -96,13 +95,11 @@ def variant(case: Case, runtime: str, profile: Profile, stage: Stage) -> Variant
     return Variant(runtime, small, graph.macs(graph.dense), plan.sha256)
 
 
-def _importance(case: Case, brief: Brief, measured: planner.LatencyTable) -> planner.Importance:
-    posed = brief.problem(measured)
+def _importance(case: Case, posed: planner.Problem) -> planner.Importance:
     if case.data is None:
-        return planner.magnitude(brief.model, posed.graph, posed.options())
+        return planner.magnitude(posed.model, posed.graph, posed.options())
     batches = [batch for batch, _ in zip(case.data.train, range(4), strict=False)]
-    loss = nn.functional.cross_entropy
-    return planner.taylor(brief.model, posed.graph, posed.options(), batches, loss=loss)
+    return planner.taylor(posed.model, posed.graph, posed.options(), batches, loss=nn.functional.cross_entropy)
 
 
 def _trained(case: Case, model: nn.Module, plan: Plan, stage: Stage) -> None:
