@@ -24,7 +24,7 @@ __all__ = ["EXTRA", "INSTANCES", "NAME", "SUFFIX", "Options", "build", "options_
 NAME = "executorch"
 EXTRA = "pip install 'espalier[executorch]'"
 SUFFIX = ".pte"
-INSTANCES = 2
+INSTANCES = 5
 log = logging.getLogger(__name__)
 
 

@@ -35,7 +35,7 @@ __all__ = ["EXTRA", "INSTANCES", "NAME", "SUFFIX", "Options", "build", "options_
 NAME = "pytorch"
 EXTRA = "pip install espalier"
 SUFFIX = ".safetensors"
-INSTANCES = 2
+INSTANCES = 5
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
