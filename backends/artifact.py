@@ -57,11 +57,12 @@ class Artifact(BaseModel):
     """One model file, built by one runtime for static input shapes.
 
     `path` is absolute in memory; `save` writes it relative to the JSON file where it can, so a folder can be moved.
-    `parity` is over random inputs, `parity_real` over the calibration data if there was any. `settings` are the options
-    of the runtime that it was built with and is opened with. `built_from` is the digest of the model and the profile:
-    what is built from the same is the same. `remarks` name layers that the device dislikes or leaves to another
-    processor. `estimate` is the compiler's, for devices that are not here. `seal` holds a digest of every other field
-    as it was saved, so that one that was edited is named; whoever makes the digests anew is not found out by it.
+    `plan_sha256` is that of the plan by which the model was rebuilt. `parity` is over random inputs, `parity_real`
+    over the calibration data if there was any. `settings` are the options of the runtime that it was built with and
+    is opened with. `built_from` is the digest of the model and the profile: what is built from the same is the
+    same. `remarks` name layers that the device dislikes or leaves to another processor. `estimate` is the
+    compiler's, for devices that are not here. `seal`, in files only, holds a digest of every other field, so that
+    one that was edited is named; whoever makes the digests anew is not found out by it.
     """
 
     model_config = _STRICT
@@ -119,7 +120,8 @@ class Artifact(BaseModel):
         digests = record._digests()
         if edited := sorted(name for name, own in record.seal.items() if digests.get(name) != own):
             raise BuildError(f"{path} was edited since it was written: {', '.join(edited)}; build it again")
-        artifact = record.model_copy(update={"path": str(Path(path).resolve().parent / record.path)})
+        found = {"path": str(Path(path).resolve().parent / record.path), "seal": {}}
+        artifact = record.model_copy(update=found)
         artifact.content()
         return artifact
 

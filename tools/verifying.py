@@ -83,9 +83,7 @@ def _artifact(record: Path) -> Artifact:
     try:
         return Artifact.load(record)
     except BuildError as error:
-        if (
-            error.__cause__ is None
-        ):  # the record was edited, or the file is another: the answer is no
+        if error.__cause__ is None:  # the record was edited, or the file is another: the answer is no
             raise
         raise EspalierError(str(error)) from error  # there is no record or no file: wrong use
 
