@@ -1,6 +1,7 @@
 """Artifacts: a built model file, what it was built for, and the proof that it computes what PyTorch computes."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -56,10 +57,12 @@ class Artifact(BaseModel):
     """One model file, built by one runtime for static input shapes.
 
     `path` is absolute in memory; `save` writes it relative to the JSON file where it can, so a folder can be moved.
-    `parity` is over random inputs, `parity_real` over the calibration data if there was any. `settings` are the options
-    of the runtime that it was built with and is opened with. `built_from` is the digest of the model and the profile:
-    what is built from the same is the same. `remarks` name layers that the device dislikes or leaves
-    to another processor. `estimate` is the compiler's, for devices that are not here.
+    `plan_sha256` is that of the plan by which the model was rebuilt. `parity` is over random inputs, `parity_real`
+    over the calibration data if there was any. `settings` are the options of the runtime that it was built with and
+    is opened with. `built_from` is the digest of the model and the profile: what is built from the same is the
+    same. `remarks` name layers that the device dislikes or leaves to another processor. `estimate` is the
+    compiler's, for devices that are not here. `seal`, in files only, holds a digest of every other field, so that
+    one that was edited is named; whoever makes the digests anew is not found out by it.
     """
 
     model_config = _STRICT
@@ -83,6 +86,7 @@ class Artifact(BaseModel):
     parity_real: Parity | None = None
     accuracy: Accuracy | None = None
     estimate: Estimate | None = None
+    seal: dict[str, str] = {}
 
     def content(self) -> bytes:
         """Return the bytes of the model file; a missing or changed file raises BuildError."""
@@ -101,21 +105,30 @@ class Artifact(BaseModel):
         """Write this record as JSON; the model file stays where it is."""
         folder, file = Path(path).resolve().parent, Path(self.path).resolve()
         shown = file.relative_to(folder) if file.is_relative_to(folder) else file
-        record = self.model_copy(update={"path": shown.as_posix()})
+        record = self.model_copy(update={"path": shown.as_posix(), "seal": self._digests()})
         write_text(path, record.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read a record written by `save`, and check that its model file is the one that was built."""
+        """Read a record written by `save`; BuildError if it was edited, or its model file is not the one built."""
         try:
             record = cls.model_validate_json(Path(path).read_bytes())
         except OSError as error:
             raise BuildError(f"cannot read the artifact {path} ({error.strerror}); build it again") from error
         except ValidationError as error:
             raise BuildError(f"{path} is not an artifact of this version of espalier: {error}") from error
-        artifact = record.model_copy(update={"path": str(Path(path).resolve().parent / record.path)})
+        digests = record._digests()
+        if edited := sorted(name for name, own in record.seal.items() if digests.get(name) != own):
+            raise BuildError(f"{path} was edited since it was written: {', '.join(edited)}; build it again")
+        found = {"path": str(Path(path).resolve().parent / record.path), "seal": {}}
+        artifact = record.model_copy(update=found)
         artifact.content()
         return artifact
+
+    def _digests(self) -> dict[str, str]:
+        """Return a digest of every field but the path, which is another where the folder was moved."""
+        content = self.model_dump(mode="json", exclude={"path", "seal"})
+        return {name: sha256_of(json.dumps(value, sort_keys=True).encode())[:16] for name, value in content.items()}
 
 
 def sha256_of(content: bytes) -> str:

@@ -15,6 +15,7 @@ from backends.contract import NO_SAMPLES, Session
 from backends.estimate import Estimate
 from backends.granularity import beside_the_grid
 from backends.parity import accuracy_of, check_parity
+from backends.record import made_by
 from backends.samples import Samples
 from backends.settings import Recorded, number
 from profiles.atomic import replacing
@@ -97,6 +98,7 @@ class Job:
             runtime=self.runtime,
             runtime_version=self.version,
             profile=None if self.profile is None else self.profile.id,
+            plan_sha256=made_by(self.model),
             built_from=digest_of(self.model, self.profile),
             path=str(Path(path).resolve()),
             sha256=sha256_of(content),

@@ -20,7 +20,8 @@ from backends.build import Job, Made
 from backends.contract import Array, Bound, Session, flattened
 from backends.estimate import Estimate, OperatorEstimate
 from backends.executorch import left_behind, lower
-from backends.quantisation import exported, quantised_pt2e
+from backends.folding import exported
+from backends.quantisation import contiguous, quantised_pt2e
 from backends.quiet import quietly
 from backends.samples import Inputs
 from profiles.errors import BackendUnavailable, BuildError
@@ -49,7 +50,7 @@ class Compiled:
         with TemporaryDirectory(prefix="espalier-") as folder, quietly():
             spec = _spec(accelerator, system_config, memory_mode)
             spec.dump_intermediate_artifacts_to(folder)
-            graph, count = exported(job.model, job.inputs)
+            graph, count = exported(contiguous(job.model), job.inputs)
             lowered = _lowered(graph, job, spec)
             remarks = left_behind(lowered, accelerator, f"the CPU beside the {accelerator}")
             program = copy.deepcopy(lowered.exported_program())  # what follows rewrites it

@@ -10,7 +10,8 @@ import torch
 from backends.artifact import Artifact, TensorSpec
 from backends.build import Job, Made
 from backends.contract import NO_SAMPLES, Array, Bound, Session, content_for, flattened
-from backends.quantisation import exported, quantised_pt2e
+from backends.folding import exported
+from backends.quantisation import contiguous, quantised_pt2e
 from backends.quiet import quietly
 from backends.samples import Inputs, Samples
 from backends.settings import Settings, asked
@@ -24,7 +25,7 @@ __all__ = ["EXTRA", "INSTANCES", "NAME", "SUFFIX", "Options", "build", "options_
 NAME = "executorch"
 EXTRA = "pip install 'espalier[executorch]'"
 SUFFIX = ".pte"
-INSTANCES = 2
+INSTANCES = 5
 log = logging.getLogger(__name__)
 
 
@@ -121,7 +122,7 @@ def _write(job: Job, path: Path) -> Made:
             get_symmetric_quantization_config,
         )
 
-        graph, count = exported(job.model, job.inputs)
+        graph, count = exported(contiguous(job.model), job.inputs)
         if job.number == "int8":
             quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
             graph = quantised_pt2e(graph, quantizer, job.samples)

@@ -1,4 +1,4 @@
-"""Latencies with their uncertainty: percentiles, bootstrap intervals, ratios of paired measurements."""
+"""Latencies with their uncertainty: percentiles, 95 % intervals, ratios of paired measurements."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
@@ -6,12 +6,13 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from scipy.stats import t as student_t
 
 from backends.artifact import Sha256
 from backends.environment import Environment
 from profiles.errors import BuildError
 
-__all__ = ["Latency", "Measurement", "Ratio", "median_interval", "ratio"]
+__all__ = ["Latency", "Measurement", "Ratio", "centre", "ratio"]
 
 RESAMPLES = 2000
 DISTURBED = 0.2  # the share of rounds above which a median is doubtful
@@ -22,7 +23,7 @@ Floats = NDArray[np.float64]
 
 
 class Latency(BaseModel):
-    """One latency distribution; `p50` is the median of the round medians, `ci95` its bootstrap interval."""
+    """One latency distribution; `p50` is the `centre` of the round medians, `ci95` its interval."""
 
     model_config = _STRICT
 
@@ -34,17 +35,20 @@ class Latency(BaseModel):
     ci95: tuple[PositiveFloat, PositiveFloat]
 
     @classmethod
-    def of(cls, samples: Sequence[float] | Floats, round_medians: Sequence[float] | Floats) -> Self:
+    def of(
+        cls, samples: Sequence[float] | Floats, round_medians: Sequence[float] | Floats, *, instances: int = 1
+    ) -> Self:
         """Summarise every run (`samples`) and the medians of the rounds they were taken in, in one unit."""
-        runs, medians = np.asarray(samples), np.asarray(round_medians)
+        runs = np.asarray(samples)
         p90, p99 = np.percentile(runs, (90, 99)).tolist()
+        p50, ci95 = centre(np.asarray(round_medians), instances=instances)
         return cls(
-            p50=float(np.median(medians)),
+            p50=p50,
             p90=p90,
             p99=p99,
             mean=float(runs.mean()),
             min=float(runs.min()),
-            ci95=median_interval(medians),
+            ci95=ci95,
         )
 
 
@@ -72,7 +76,7 @@ class Measurement(BaseModel):
     round_medians_s: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     samples_s: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     environment: Environment
-    instance_medians_s: tuple[PositiveFloat, ...] = ()  # the same model compiled several times
+    instance_medians_s: tuple[PositiveFloat, ...] = ()  # the same model compiled several times; they take turns
     disturbed_rounds: NonNegativeInt = 0
     repeated_rounds: NonNegativeInt = 0
     cpu_share: NonNegativeFloat | None = None
@@ -91,7 +95,7 @@ class Measurement(BaseModel):
 
 
 class Ratio(BaseModel):
-    """How many times the latency of one is that of another, with its 95 % bootstrap interval."""
+    """How many times the latency of one is that of another, with its 95 % interval."""
 
     model_config = _STRICT
 
@@ -111,13 +115,31 @@ def ratio(a: Measurement, b: Measurement) -> Ratio:
             "machine in between; measure both in one compare()"
         )
     paired = np.asarray(a.round_medians_s) / np.asarray(b.round_medians_s)
-    return Ratio(value=float(np.median(paired)), ci95=median_interval(paired))
+    instances = max(len(a.instance_medians_s), len(b.instance_medians_s), 1)
+    value, ci95 = centre(paired, instances=instances)
+    return Ratio(value=value, ci95=ci95)
 
 
-def median_interval(values: Floats) -> tuple[float, float]:
-    """Return the 95 % percentile-bootstrap interval of the median (Efron 1979)."""
-    rounds = len(values)
-    drawn = np.random.default_rng(_SEED).integers(0, rounds, size=(RESAMPLES, rounds))
-    medians = np.median(values[drawn], axis=1)
-    low, high = np.percentile(medians, (2.5, 97.5)).tolist()
+def centre(rounds: Floats, *, instances: int = 1) -> tuple[float, tuple[float, float]]:
+    """Return the typical value of rounds that `instances` took in turns, and its 95 % interval.
+
+    Rounds of one instance share what its compilation came out as, so they are one observation however many they are
+    (Kalibera and Jones, Rigorous benchmarking in reasonable time, 2013). With m_i the median of the logarithms of
+    instance i, of n, the centre is exp(mean m), and the interval exp(mean m -+ t_{n-1} sd(m) / sqrt(n)): a t-test of
+    estimates by group, right for few of them and on the safe side where they scatter unequally (Ibragimov and Mueller,
+    t-statistic based correlation and heterogeneity robust inference, 2010). The noise of rounds is in sd(m). Drawing
+    few instances anew, a bootstrap, would be too narrow (Cameron, Gelbach and Miller, 2008). Of one instance it is the
+    percentile-bootstrap interval of the median (Efron 1979), which says nothing of other compilations.
+    """
+    if instances == 1:
+        return float(np.median(rounds)), _bootstrap(rounds)
+    medians = np.array([np.median(np.log(rounds[own::instances])) for own in range(instances)])
+    half = student_t.ppf(0.975, instances - 1) * medians.std(ddof=1) / np.sqrt(instances)
+    low, value, high = np.exp(medians.mean() + np.array([-half, 0.0, half])).tolist()
+    return value, (low, high)
+
+
+def _bootstrap(rounds: Floats) -> tuple[float, float]:
+    drawn = np.random.default_rng(_SEED).integers(0, len(rounds), size=(RESAMPLES, len(rounds)))
+    low, high = np.percentile(np.median(rounds[drawn], axis=1), (2.5, 97.5)).tolist()
     return low, high

@@ -3,7 +3,8 @@
 A block is some runs of one candidate without pause; a round is one block of every candidate, in random order. What
 disturbs the machine for longer than a block disturbs all candidates alike: such rounds are repeated, and counted where
 they stay disturbed. Medians of blocks ignore the rest. A candidate of several instances, the same model compiled again,
-takes them in turns from round to round, so that what their compilations differ by is part of its interval.
+takes them in turns from round to round, each beside the same instance of the other candidates, so that what their
+compilations differ by is part of the interval.
 """
 
 import gc
@@ -151,13 +152,13 @@ def compare(
     `rounds` is chosen so that a block lasts about 30 ms, unless given; all instances run in equally many. Warm-up comes
     on top and lasts at most as long again, and so do rounds that are repeated because something disturbed them. `seed`
     orders the blocks; `progress` is called with the blocks done and the blocks in all. Raises ValueError for no
-    candidate, two of one label, or no time.
+    candidate, two of one label, no time, or candidates of differently many instances, unless of one.
     """
     check(candidates, seconds=seconds, rounds=rounds)
+    turn = _turn(candidates)
     with pinned(max(candidate.threads for candidate in candidates)) as cores:
         environment = Environment.read(cores)
         warm = [_warm_up(candidate, cap_s=seconds, clock=clock) for candidate in candidates]
-        turn = math.lcm(*(len(candidate.runs) for candidate in candidates))
         rounds = turn * math.ceil((rounds or _rounds(seconds, max(each.run_s for each in warm))) / turn)
         counts = [max(1, round(seconds / rounds / each.run_s)) for each in warm]
         series = _Series(candidates, counts, np.random.default_rng(seed), clock, progress)
@@ -227,6 +228,14 @@ def check(candidates: Sequence[Candidate], *, seconds: float, rounds: int | None
         raise ValueError(f"labels must differ, got {labels}")
     if seconds <= 0 or (rounds is not None and rounds < 1):
         raise ValueError(f"seconds and rounds must be positive, got {seconds} and {rounds}")
+
+
+def _turn(candidates: Sequence[Candidate]) -> int:
+    """Return in how many rounds all instances take part."""
+    several = {len(candidate.runs) for candidate in candidates} - {1}
+    if len(several) > 1:
+        raise ValueError(f"candidates have {sorted(several)} instances; open all equally often, or once")
+    return next(iter(several), 1)
 
 
 def _warm_up(candidate: Candidate, *, cap_s: float, clock: Clock) -> _Warm:
@@ -303,7 +312,7 @@ def _measurement(candidate: Candidate, blocks: list[_Block], warmup_runs: int, e
         runs=len(samples_s),
         rounds=len(blocks),
         warmup_runs=warmup_runs,
-        latency_s=Latency.of(samples_s, medians_s),
+        latency_s=Latency.of(samples_s, medians_s, instances=len(candidate.runs)),
         round_medians_s=tuple(medians_s),
         samples_s=_spread(samples_s),
         environment=environment,

@@ -23,7 +23,7 @@ __all__ = ["EXTRA", "INSTANCES", "NAME", "SUFFIX", "Options", "build", "options_
 NAME = "onnxruntime"
 EXTRA = "pip install 'espalier[onnxruntime]'"
 SUFFIX = ".onnx"
-INSTANCES = 2
+INSTANCES = 5
 _PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider",),

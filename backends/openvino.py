@@ -35,7 +35,7 @@ __all__ = [
 NAME = "openvino"
 EXTRA = "pip install 'espalier[openvino]'"
 SUFFIX = ".onnx"
-INSTANCES = 3
+INSTANCES = 5
 _CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "INT8"}
 
 

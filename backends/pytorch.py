@@ -1,8 +1,8 @@
 """PyTorch itself, on the CPU or a CUDA device: eager, through torch.compile, or as an exported program.
 
 The file of eager and compiled models is a safetensors file of weights, and a session needs the module they belong to:
-weights are data, and eager latency is that of the module. An exported program carries its graph; see
-`backends.program` for why it is opened with care.
+weights are data, and eager latency is that of the module as its user runs it, BatchNorm and all. An exported program
+carries its graph, in which BatchNorm is folded; see `backends.program` for why it is opened with care.
 """
 
 import copy
@@ -18,6 +18,7 @@ from backends.artifact import Artifact, TensorSpec
 from backends.build import Job, Made
 from backends.contract import NO_SAMPLES, Array, Bound, Session, content_for, flattened
 from backends.cuda import finished, required
+from backends.folding import exported
 from backends.program import opened_program, saved_program
 from backends.quiet import quietly
 from backends.samples import Samples
@@ -35,7 +36,7 @@ __all__ = ["EXTRA", "INSTANCES", "NAME", "SUFFIX", "Options", "build", "options_
 NAME = "pytorch"
 EXTRA = "pip install espalier"
 SUFFIX = ".safetensors"
-INSTANCES = 2
+INSTANCES = 5
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -80,9 +81,9 @@ def build(
 
     def write(file: Path) -> Made:
         if options.mode == "exported":
-            graph = _module(model, options)
-            count = sum(map(flush_, (*graph.parameters(), *graph.buffers())))
-            write_bytes(file, saved_program(graph, tuple(_placed(tensor, options) for tensor in inputs)))
+            placed = tuple(_placed(tensor, options) for tensor in inputs)
+            graph, count = exported(_module(model, options), placed)
+            write_bytes(file, saved_program(graph, placed))
             return Made(count)
         return Made(_write(model, file))
 

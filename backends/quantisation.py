@@ -18,11 +18,9 @@ from backends.contract import Array
 from backends.export import _constants, _flush, export_onnx
 from backends.quiet import quietly
 from backends.samples import Inputs, Samples
-from backends.subnormals import flush_
-from planner.evaluation import evaluating
-from profiles.errors import BackendUnavailable, BuildError
+from profiles.errors import BackendUnavailable
 
-__all__ = ["exported", "for_onnxruntime", "for_openvino", "multiplies_without_overflow", "quantised_pt2e"]
+__all__ = ["contiguous", "for_onnxruntime", "for_openvino", "multiplies_without_overflow", "quantised_pt2e"]
 
 _VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 
@@ -85,19 +83,10 @@ def multiplies_without_overflow() -> bool:
     return bool(_VNNI & set(archspec_detect.detected_info().features))
 
 
-def exported(model: torch.nn.Module, inputs: Inputs) -> tuple[Any, int]:
-    """Return `model` as a graph of ATen operations with BatchNorm folded, and the subnormals that were set to 0."""
-    from torchao.quantization.pt2e.utils import _fuse_conv_bn_
-
-    with evaluating(model):
-        try:
-            graph = torch.export.export(_contiguous(model), inputs, strict=False).module(check_guards=False)
-        except Exception as error:  # torch.export raises what it likes
-            raise BuildError(f"the model cannot be exported: {error}") from error
-    with torch.no_grad():
-        _fuse_conv_bn_(graph)
-        count = sum(map(flush_, (*graph.parameters(), *graph.buffers())))
-    return graph, count
+def contiguous(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy that evaluates on the CPU, in the layout that compilers for devices expect."""
+    module: Any = copy.deepcopy(model).cpu().eval()  # Any: the annotations of Module.to leave memory_format out
+    return module.to(memory_format=torch.contiguous_format)  # type: ignore[no-any-return]
 
 
 def quantised_pt2e(graph: Any, quantizer: Any, samples: Samples) -> Any:
@@ -145,8 +134,3 @@ def _flush_file(path: Path) -> int:
     count = sum(_flush(tensor) for tensor in _constants(model.graph))
     path.write_bytes(model.SerializeToString())
     return count
-
-
-def _contiguous(model: torch.nn.Module) -> torch.nn.Module:
-    module: Any = copy.deepcopy(model).cpu().eval()
-    return module.to(memory_format=torch.contiguous_format)  # type: ignore[no-any-return]

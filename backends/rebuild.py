@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from backends.channels import select, unread
 from backends.equivalence import Proof, proven
 from backends.layers import as_many
-from backends.record import KEPT, copied, records
+from backends.record import KEPT, PLAN, copied, records
 from backends.regraph import regraph
 from backends.shapes import crop_where_right, gather
 from backends.surgery import surgery
@@ -50,6 +50,7 @@ def rebuild(plan: Plan, model: nn.Module, *, cases: int = 2, profile: Profile | 
     dense = _shaped(plan, dense, graph, profile)
     flush_(dense)
     proven(graph, model, dense, cases=cases, exact=plan.lossless)
+    vars(dense)[PLAN] = plan.sha256
     return dense
 
 

@@ -14,6 +14,7 @@ KEPT = "espalier_kept"  # {width: the channels that it keeps}
 CROPPED = "espalier_cropped"  # {weight: per axis of its kernel the first position that stays, and the end}
 GATHERED = "espalier_gathered"  # {weight: which (channel, y, x) of its kernel, cropped, stay}
 SELECTED = "espalier_selected"  # {weight: which of its input channels stay}
+PLAN = "espalier_plan"  # the digest of the plan that it was made by
 _RECORDS = (KEPT, CROPPED, GATHERED, SELECTED)
 
 
@@ -25,6 +26,12 @@ def records(model: nn.Module) -> dict[str, dict[str, Any]]:
 def record_(model: nn.Module, name: str, more: Mapping[str, Any]) -> None:
     """Add to what is known."""
     vars(model)[name] = {**vars(model).get(name, {}), **more}
+
+
+def made_by(model: nn.Module) -> str | None:
+    """Return the digest of the plan that a model was made by, if one was."""
+    found = vars(model).get(PLAN)
+    return None if found is None else str(found)
 
 
 def copied(model: nn.Module) -> nn.Module:

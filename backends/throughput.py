@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from backends.affinity import pinned
 from backends.artifact import Sha256
 from backends.environment import Environment
-from backends.latency import median_interval
+from backends.latency import centre
 from backends.measure import REAL, Candidate, Clock, Run, check
 
 __all__ = ["Throughput", "throughput"]
@@ -61,6 +61,7 @@ def throughput(
                 rates[index].append(_rate(candidates[index], seconds / ROUNDS, clock))
                 if progress:
                     progress(done * len(candidates) + turn + 1, ROUNDS * len(candidates))
+    found = [centre(np.array(own)) for own in rates]
     return [
         Throughput(
             label=candidate.label,
@@ -70,12 +71,12 @@ def throughput(
             threads=candidate.threads,
             streams=len(candidate.runs),
             batch=candidate.batch,
-            examples_per_s=float(np.median(own)),
-            ci95=median_interval(np.array(own)),
+            examples_per_s=middle,
+            ci95=ci95,
             rounds_per_s=tuple(own),
             environment=environment,
         )
-        for candidate, own in zip(candidates, rates, strict=True)
+        for candidate, own, (middle, ci95) in zip(candidates, rates, found, strict=True)
     ]
 
 

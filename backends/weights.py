@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backends.channels import selected
 from backends.rebuild import cut
-from backends.record import CROPPED, GATHERED, KEPT, SELECTED, as_text, read_records
+from backends.record import CROPPED, GATHERED, KEPT, PLAN, SELECTED, as_text, read_records
 from backends.shapes import cropped, gathered
 from planner.graph import Graph
 from planner.spec import Plan
@@ -53,6 +53,7 @@ def load_rebuilt(plan: Plan, model: nn.Module, path: Path | str) -> nn.Module:
     except (AssertionError, AttributeError, BuildError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise PlanError(f"{path} keeps what the model does not have ({error!r}); save it again") from error
     load_into_(dense, weights, path)
+    vars(dense)[PLAN] = plan.sha256
     return dense
 
 

@@ -46,8 +46,6 @@ def compiled(
     samples = Samples.of(source.train, source.test, like=example) if source and device else Samples()
     backend = load(runtime or (device.runtime.name if device else "onnxruntime"))
     built = backend.build(small_model(model, plan, weights), example, device, out, samples=samples)
-    if plan is not None:
-        built = built.model_copy(update={"plan_sha256": Plan.load(plan).sha256})
     built.save(out.with_name(out.name + ".json"))
     return built
 

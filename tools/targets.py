@@ -132,7 +132,6 @@ class Work:
         if kept is not None:
             return kept
         built = runtime.build(variant.model, self.inputs, target.profile, path, samples=self.samples)
-        built = built.model_copy(update={"plan_sha256": variant.plan_sha256})
         built.save(record_of(path))
         return built
 

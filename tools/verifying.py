@@ -83,7 +83,7 @@ def _artifact(record: Path) -> Artifact:
     try:
         return Artifact.load(record)
     except BuildError as error:
-        if error.__cause__ is None:  # the file is another than the one that was built: the answer is no
+        if error.__cause__ is None:  # the record was edited, or the file is another: the answer is no
             raise
         raise EspalierError(str(error)) from error  # there is no record or no file: wrong use
 
@@ -114,6 +114,9 @@ def _compared(said: Verified, session: Session, model: nn.Module, cases: Sequenc
         parity = parity_of(said.runtime, session, model=model, cases=cases)
     except BuildError as error:
         return said.model_copy(update={"cases": len(cases), "ok": False, "detail": str(error)})
+    except Exception as error:  # a foreign runtime, or the model: whatever it raises, it does not take these inputs
+        detail = f"inputs like those in the record are not taken: {error}"
+        return said.model_copy(update={"cases": len(cases), "ok": False, "detail": detail})
     if not np.isfinite(parity.max_rel):
         detail = "NaN or infinity where PyTorch has numbers, or anything where it has 0"
         return said.model_copy(update={"cases": parity.cases, "ok": False, "detail": detail})

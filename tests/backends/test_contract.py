@@ -395,7 +395,7 @@ def test_no_constant_of_a_file_is_subnormal(
     found = np.frombuffer(b"".join(stored), np.uint32) if stored else floats_of(runtime.NAME, artifact.content())
     assert len(found) >= 3 * 8 * 9 + 16 * 8 * 9 + 16 * 5
     assert not (((found & 0x7F800000) == 0) & ((found & 0x007FFFFF) != 0)).any()
-    folded = 3 * 27 if runtime.NAME != "pytorch" else 0  # eager PyTorch is measured as the module is: not folded
+    folded = 3 * 27 if runtime.NAME != "pytorch" else 0  # eager PyTorch runs the module as it is: not folded
     assert artifact.subnormals_flushed >= 5 + folded
 
 

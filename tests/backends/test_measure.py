@@ -19,7 +19,7 @@ from backends import affinity
 from backends.affinity import pinned
 from backends.disturbance import disturbed
 from backends.environment import Environment
-from backends.latency import Latency
+from backends.latency import Latency, centre
 from backends.measure import MIN_ROUNDS, SAMPLES_KEPT, Candidate, Clock, Measurement, compare
 from profiles.errors import BuildError
 
@@ -327,9 +327,79 @@ def test_instances_run_in_turns_and_their_difference_is_in_the_interval() -> Non
     both = Candidate("both", (*fast.runs, *slow.runs), runtime="fake", runtime_version="1")
     (found,) = compare([both], seconds=2.0, clock=machine.clock)
     assert found.instance_medians_s == pytest.approx((0.95e-3, 1.05e-3))
-    assert found.latency_s.p50 == pytest.approx(1e-3)
-    assert found.latency_s.ci95 == pytest.approx((0.95e-3, 1.05e-3))
+    assert found.latency_s.p50 == pytest.approx(np.sqrt(0.95 * 1.05) * 1e-3)
+    low, high = found.latency_s.ci95
+    assert low < 0.95e-3 < 1.05e-3 < high
     assert found.disturbed_rounds == 0
+
+
+@pytest.mark.parametrize(
+    ("instances", "between", "within"),
+    [(5, 0.03, 0.02), (5, 0.0, 0.05), (5, 0.05, 0.002), (2, 0.03, 0.02), (3, 0.02, 0.05), (8, 0.02, 0.02)],
+)
+def test_the_interval_of_a_ratio_holds_the_truth_in_95_of_100_comparisons(
+    instances: int, between: float, within: float
+) -> None:
+    comparisons, turns = 400, 7
+    generator = np.random.default_rng(instances)
+
+    def side() -> np.ndarray:  # the logarithms of round medians (comparisons, turns, instances), but for the drift
+        compiled = generator.normal(scale=between, size=(comparisons, 1, instances))
+        return compiled + generator.normal(scale=within, size=(comparisons, turns, instances))
+
+    truth = 1.5
+    paired = truth * np.exp(side() - side()).reshape(comparisons, -1)  # (comparisons, rounds)
+    intervals = np.array([centre(rounds, instances=instances)[1] for rounds in paired])
+    held = ((intervals[:, 0] <= truth) & (truth <= intervals[:, 1])).mean()
+    assert 0.92 <= held <= 0.98  # 95 % -+ 3 standard errors
+    if between > within:  # what rounds alone say is too narrow where compilations differ
+        alone = np.array([centre(rounds)[1] for rounds in paired[:100]])
+        assert ((alone[:, 0] <= truth) & (truth <= alone[:, 1])).mean() < 0.85
+
+
+def test_the_interval_of_a_latency_holds_the_truth_as_often() -> None:
+    generator = np.random.default_rng(1)
+    compiled = generator.normal(scale=0.03, size=(400, 1, 5))
+    rounds = 1e-3 * np.exp(compiled + generator.normal(scale=0.03, size=(400, 7, 5))).reshape(400, -1)
+    intervals = np.array([Latency.of(each, each, instances=5).ci95 for each in rounds])
+    assert 0.92 <= ((intervals[:, 0] <= 1e-3) & (intervals[:, 1] >= 1e-3)).mean() <= 0.98
+
+
+def test_a_ratio_counts_instances_not_rounds() -> None:
+    """Of two measurements of five instances whose rounds agree, and of reports of an older version without any."""
+    compiled = np.tile([1.0, 1.02, 0.98, 1.01, 0.99], 7)
+    a, b = paired(1e-3 * compiled, 1e-3 * np.ones(35))
+    assert backends.ratio(a, b).ci95 == pytest.approx((0.99, 1.01))  # as if 35 compilations had been drawn
+    several = {"instance_medians_s": (1e-3,) * 5}
+    new = backends.ratio(a.model_copy(update=several), b.model_copy(update=several))
+    logs = np.log([1.0, 1.02, 0.98, 1.01, 0.99])
+    half = 2.776 * logs.std(ddof=1) / np.sqrt(5)  # t of 4 degrees of freedom
+    assert new.ci95 == pytest.approx((np.exp(logs.mean() - half), np.exp(logs.mean() + half)), rel=1e-4)
+    inverse = backends.ratio(b.model_copy(update=several), a.model_copy(update=several))
+    assert inverse.value * new.value == pytest.approx(1.0)
+    assert inverse.ci95[0] * new.ci95[1] == pytest.approx(1.0)
+
+
+def test_every_instance_of_one_runs_beside_the_same_of_the_other() -> None:
+    machine = Machine()
+    runs = {name: tuple(machine.candidate(f"{name}{i}", MS).runs[0] for i in range(3)) for name in "ab"}
+    candidates = [Candidate(name, own, runtime="fake", runtime_version="1") for name, own in runs.items()]
+    seen: list[str] = []
+    compare(candidates, rounds=9, clock=machine.clock, progress=lambda *_: seen.append(machine.ran[-1]))
+    assert all(one[1] == other[1] for one, other in zip(seen[::2], seen[1::2], strict=True))
+    odd = Candidate("odd", runs["b"][:2], runtime="fake", runtime_version="1")
+    with pytest.raises(ValueError, match=r"have \[2, 3\] instances; open all equally often, or once"):
+        compare([candidates[0], odd], clock=machine.clock)
+    compare([candidates[0], machine.candidate("once", MS)], rounds=3, clock=machine.clock)
+
+
+def test_a_report_of_before_is_read() -> None:
+    machine = Machine()
+    (found,) = compare([machine.candidate("a", MS)], clock=machine.clock)
+    new = {"instance_medians_s", "disturbed_rounds", "repeated_rounds", "cpu_share"}
+    old = Measurement.model_validate_json(found.model_dump_json(exclude=new))
+    assert old.latency_s == found.latency_s
+    assert backends.ratio(old, found).value == pytest.approx(1.0)
 
 
 def test_a_ratio_of_separate_measurements_is_refused() -> None:

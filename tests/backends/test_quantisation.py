@@ -121,22 +121,6 @@ def test_onnx_constants_are_folded_per_channel_and_without_subnormals(name: str,
     assert not (((bits & 0x7F800000) == 0) & ((bits & 0x007FFFFF) != 0)).any()
 
 
-def test_graphs_of_pytorch_are_folded_and_without_subnormals() -> None:
-    pytest.importorskip("torchao", reason="torchao is not installed")
-    model = copy.deepcopy(trained())
-    with torch.no_grad():
-        model.stem[0].weight[:4] = 1e-30
-        model.stem[1].weight[:4] = 1e-10
-    graph, count = quantisation.exported(model, INPUTS)
-    assert count == 4 * 9
-    assert not [node for node in graph.graph.nodes if "batch_norm" in str(node.target)]
-    for tensor in (*graph.parameters(), *graph.buffers()):
-        if tensor.dtype == torch.float32:
-            bits = tensor.detach().numpy().view(np.uint32)
-            assert not (((bits & 0x7F800000) == 0) & ((bits & 0x007FFFFF) != 0)).any()
-    assert torch.allclose(graph(stripes(1, 3)[0]), model(stripes(1, 3)[0]), atol=1e-5)
-
-
 def test_every_layer_of_an_int8_model_runs_in_int8_on_onnxruntime(tmp_path: Path) -> None:
     runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     artifact = build("onnxruntime", "int8", tmp_path)

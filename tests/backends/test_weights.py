@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import planner
+from backends import pytorch
 from backends.rebuild import cut, rebuild
 from backends.weights import load_pruned, load_rebuilt, save, save_pruned
 from planner.spec import Plan
@@ -42,6 +43,21 @@ def test_a_saved_model_comes_back_bit_for_bit(ready: tuple[Plan, nn.Module], tmp
     assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     assert torch.equal(loaded(x), dense(x))
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
+
+
+def test_what_is_built_says_by_which_plan_it_was_made(ready: tuple[Plan, nn.Module], tmp_path: Path) -> None:
+    plan, model = ready
+    dense = rebuild(plan, model)
+    save(dense, tmp_path / "small.safetensors")
+    loaded = load_rebuilt(plan, dense_class(), tmp_path / "small.safetensors")
+    for each, digest in (
+        (dense, plan.sha256),
+        (copy.deepcopy(dense), plan.sha256),
+        (loaded, plan.sha256),
+        (model, None),
+    ):
+        artifact = pytorch.build(each, (torch.randn(PIXELS),), None, tmp_path / "built.safetensors")
+        assert artifact.plan_sha256 == digest
 
 
 @pytest.mark.parametrize(

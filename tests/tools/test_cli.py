@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from backends import Artifact
 from backends.weights import save
 from planner import Plan
 from profiles import BuildError
@@ -166,7 +167,9 @@ def test_every_verb_works_file_to_file(call: Call, tmp_path: Path) -> None:
     rebuilt = json_of("rebuild", "--model", MODEL, "--weights", "sparse.safetensors")
     assert rebuilt["params"] < rebuilt["dense_params"]
     small = ("--model", MODEL, "--plan", "plan.json", "--weights", "small.safetensors")
-    assert json_of("compile", *small, "--out", "small.onnx")["parity"]["max_rel"] <= 1e-4
+    built = json_of("compile", *small, "--out", "small.onnx")
+    assert built["parity"]["max_rel"] <= 1e-4
+    assert built["plan_sha256"] == Plan.load(tmp_path / "plan.json").sha256
     assert json_of("compile", "--model", MODEL, *shape, "--out", "dense.onnx")["plan_sha256"] is None
     assert json_of("compile", *small, "--out", "small.pt.safetensors", "--runtime", "pytorch")["runtime"] == "pytorch"
     records = ("dense.onnx.json", "small.onnx.json")
@@ -207,6 +210,8 @@ def test_interrupted_run_continues(call: Call, tmp_path: Path, monkeypatch: pyte
     assert outcome.equivalence < 1e-4
     assert max(outcome.parity.values()) < 1e-4
     assert [row.label for row in outcome.rows] == ["dense", "espalier", "uniform, same MACs"]
+    made_by = {path.name: Artifact.load(path).plan_sha256 for path in (tmp_path / "out").glob("*.onnxruntime.json")}
+    assert set(made_by.values()) == {None, plan.sha256}, made_by
     assert outcome.history[-1].nonzero_groups == outcome.history[-1].budget_groups
     sparse = load_file(tmp_path / "out" / "sparse.safetensors")
     for width in plan.widths:

@@ -322,6 +322,52 @@ def test_verify_says_no_to_what_computes_something_else(call: Call, made: Path, 
     assert "changed since it was built" in err
 
 
+EDITED: dict[str, object] = {
+    "plan_sha256": "0" * 64,
+    "built_from": "0" * 64,
+    "sha256": "0" * 64,
+    "parity": {"cases": 8, "max_abs": 0.0, "max_rel": 0.0},
+    "parity_real": {"cases": 32, "max_abs": 0.0, "max_rel": 0.0},
+    "accuracy": {"examples": 1000, "compiled": 1.0, "pytorch": 1.0},
+    "inputs": [{"name": "input_0", "shape": [1, 1, 9, 9], "dtype": "float32"}],
+    "runtime": "openvino",
+    "runtime_version": "0",
+    "profile": "x86_64_v4.onnxruntime.fp32",
+    "dtype": "float16",
+    "threads": 7,
+    "size_bytes": 1,
+    "subnormals_flushed": 99,
+    "settings": {"provider": "cuda", "reduce_range": None},
+    "remarks": ["a remark"],
+    "estimate": estimate(1e-3).model_dump(mode="json"),
+}
+
+
+def test_verify_names_each_field_that_was_edited(call: Call, made: Path, built: Path) -> None:
+    record = built / "half.onnxruntime.onnx.json"
+    content = json.loads(record.read_text())
+    assert set(EDITED) == set(Artifact.model_fields) - {"schema_version", "path", "seal"}
+    for change in (*({field: value} for field, value in EDITED.items()), EDITED):
+        record.write_text(json.dumps(content | change))
+        code, _, err = call(*verifying_of(made, record))
+        told = f"was edited since it was written: {', '.join(sorted(change))}; build it again"
+        assert (code, told in err) == (1, True), err
+    record.write_text(json.dumps(content))
+    assert call(*verifying_of(made, record))[0] == 0
+
+
+def test_verify_of_records_without_a_seal_says_no_by_what_it_finds(call: Call, made: Path, built: Path) -> None:
+    """Older versions wrote none."""
+    record = built / "half.onnxruntime.onnx.json"
+    content = json.loads(record.read_text()) | {"seal": {}}
+    record.write_text(json.dumps(content))
+    assert call(*verifying_of(made, record))[0] == 0
+    for field, told in (("sha256", "sha256"), ("inputs", "inputs like those in the record are not taken")):
+        record.write_text(json.dumps(content | {field: EDITED[field]}))
+        code, out, err = call(*verifying_of(made, record))
+        assert (code, told in out + err) == (1, True), out + err
+
+
 def test_verify_says_no_to_outputs_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     said = verifying.Verified(record="x", runtime="x", dtype="float32", tolerance=1e-4, inputs="random")
     model, case = torch.nn.Linear(2, 2), (torch.ones(1, 2),)
