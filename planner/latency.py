@@ -155,11 +155,14 @@ class LatencyTable(Fitted):
     def cost(self, operation: Operation, inputs: int, outputs: int) -> float:
         """Return the seconds that an operation adds; at widths that the table lacks, by the process it is fitted with.
 
+        One that is trimmed in a way that was not measured costs what the whole one does, times the ratio of the rules.
         Raises PlanError if the table lacks the operation, or the widths and the profile is not known here.
         """
         key = (operation.signature, inputs, outputs)
         if key not in self._cost:
             near = self._measured.get(operation.signature)
+            if operation.whole is not None and not self.knows(operation):
+                return self._by_ratio(operation, operation.whole, inputs, outputs)
             if not near or self._prior is None:
                 raise PlanError(
                     f"the latency table has no entry for {operation.signature} {inputs}->{outputs} "
@@ -168,10 +171,22 @@ class LatencyTable(Fitted):
             self._cost[key] = self._prior.between(operation, near, (inputs, outputs))
         return self._cost[key]
 
+    def knows(self, operation: Operation) -> bool:
+        """Whether an operation was measured, so that the table tells its cost at any widths."""
+        return operation.signature in self._measured and self._prior is not None
+
+    def _by_ratio(self, operation: Operation, whole: Operation, inputs: int, outputs: int) -> float:
+        try:
+            rules = Rules(profile_of(self.profile)) if self._prior is None else self._prior.features.rules
+        except ProfileError as error:
+            raise PlanError(f"{operation.name} was not measured as it is trimmed, and {error}") from error
+        ratio = rules.cost(operation, inputs, outputs) / rules.cost(whole, inputs, outputs)
+        return self.cost(whole, inputs, outputs) * ratio
+
     def latency(self, graph: Graph, choice: Choice) -> float:
         """Return the predicted seconds of one run under `choice`."""
         present = (o for o in graph.operations if o.present(choice))
-        return self.overhead_s + sum(self.cost(o, *o.widths(choice)) for o in present)
+        return self.overhead_s + sum(self.cost(*o.under(choice)) for o in present)
 
     @property
     def sha256(self) -> str:
@@ -292,8 +307,13 @@ def _regressed(graph: Graph, features: Features, wanted: Sequence[Key], probes: 
         times_s=np.array([probe.latency_s for probe in probes]),
         spread=np.array([probe.noise for probe in probes]),
     )
-    return regress(features, {o.signature: o for o in graph.operations}, wanted, seen)
+    known = {o.signature: o for o in graph.operations}
+    for probe in probes:
+        under = (o.under(probe.choice)[0] for o in graph.operations)
+        known |= {made.signature: made for made in under if made.whole}
+    return regress(features, known, wanted, seen)
 
 
 def _present(graph: Graph, choice: Choice) -> Counter[Key]:
-    return Counter((o.signature, *o.widths(choice)) for o in graph.operations if o.present(choice))
+    under = (o.under(choice) for o in graph.operations if o.present(choice))
+    return Counter((made.signature, inputs, outputs) for made, inputs, outputs in under)

@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain, combinations, product
@@ -23,6 +23,7 @@ from planner.document import with_global_budget
 from planner.graph import Graph, trace
 from planner.latency import Rules, keys
 from planner.limits import amount
+from planner.offers import trimmable
 from planner.operations import Choice
 from planner.program import Budget, Program
 from planner.resources import Resource, Term
@@ -62,13 +63,17 @@ SEEDS = 400 if LONG else 65  # of each problem: 520 instances
 
 @cache
 def built(name: str) -> tuple[nn.Module, Graph]:
-    """Return the model of a problem and its graph, streams of transformers included."""
+    """Return the model of a problem and its graph with all trims, streams of transformers included."""
     model = PROBLEMS[name]()
-    return model, trace(model, INPUTS, lossy=True)
+    profile = nets.knowing(in_channels="yes", kernel_shape="yes", nm_sparsity="yes")
+    return model, trimmable(trace(model, INPUTS, lossy=True), model, profile, planner.Scope())
 
 
 class Posed:
-    """A random problem: some widths with a few candidates each, some blocks, random costs on two devices and losses."""
+    """A random problem: some widths with a few candidates each, some blocks, random costs on two devices and losses.
+
+    Every second one has trims too, such as inputs and patterns that need a width that is cut.
+    """
 
     def __init__(self, name: str, seed: int) -> None:
         """Draw it."""
@@ -77,8 +82,11 @@ class Posed:
         stay = set(dice.sample([b.name for b in graph.blocks], max(0, len(graph.blocks) - 2)))
         blocks = tuple(replace(b, frozen="stays" if b.name in stay else b.frozen) for b in graph.blocks)
         self.graph = replace(graph, blocks=blocks)
-        chosen = dice.sample(graph.cuttable, min(4, len(graph.cuttable)))
+        chosen = dice.sample(graph.cuttable, min(3 + (seed + 1) % 2, len(graph.cuttable)))
         self.options = {w.name: self._candidates(w.size) for w in graph.cuttable if w in chosen}
+        near = [trim for trim in graph.trims if not trim.needs or not trim.needs.keys().isdisjoint(self.options)]
+        for trim in dice.sample(near, min(seed % 2 * 2, len(near))):
+            self.options[trim.name] = (dice.choice(trim.counts[:-1]), trim.size)
         free = [block for block in blocks if not block.frozen]
         self.importance = Importance(
             "random",
@@ -86,7 +94,7 @@ class Posed:
             {block.name: dice.uniform(0, 0.5) for block in free},
             {block.stage: dice.uniform(0, 0.5) for block in free},
         )
-        wanted = keys(graph, self.options)
+        wanted = trimmed_keys(self.graph, self.options)
         tables = [table_of(graph, {key: dice.uniform(0.2, 1) * 1e-3 for key in wanted}) for _ in range(2)]
         self.resources = [
             *(resources.time(self.graph, table, f"device {i}") for i, table in enumerate(tables)),
@@ -103,10 +111,16 @@ class Posed:
         """Return everything that can be chosen."""
         found = []
         for removed in subsets([block.name for block in self.graph.blocks if not block.frozen]):
-            gone = {name for name in self.options if self.graph.width[name].block in removed}
+            gone = {name for name in self.options if self.graph.part[name].block in removed}
             for counts in product(*(self.options[n] if n not in gone else (0,) for n in self.options)):
                 found.append(Choice(dict(zip(self.options, counts, strict=True)), removed))
-        return found
+        return [own for own in found if self._allowed(own)]
+
+    def _allowed(self, choice: Choice) -> bool:
+        """Say whether what the trims need is there."""
+        full = self.graph.choice(choice.keep, choice.removed).keep
+        trims = [trim for trim in self.graph.trims if full[trim.name] < trim.size]
+        return all(full[name] in {0, *counts} for trim in trims for name, counts in trim.needs.items())
 
     def loss(self, choice: Choice) -> float:
         """Return the loss of a choice, computed without the program."""
@@ -118,6 +132,19 @@ class Posed:
     def needs(self, resource: Resource, choices: Sequence[Choice]) -> NDArray[np.float64]:
         """Return what each choice needs of a resource, computed without the program."""
         return np.array([resource.under(self.graph.choice(own.keep, own.removed)) for own in choices])
+
+
+def trimmed_keys(graph: Graph, options: Mapping[str, Sequence[int]]) -> list[tuple[str, int, int]]:
+    """Return every (operation, inputs, outputs) that the options can make of a graph."""
+    found = {}
+    for operation in graph.operations:
+        parts = [*operation.inputs.parts, *operation.outputs.parts]
+        parts += [(trim.name, 1) for trim in graph.trims_of.get(operation.weight, ())]
+        names = [name for name, _ in dict(parts).items() if name in options]
+        for counts in product(*(options[name] for name in names)):
+            made, *widths = operation.under(graph.choice(dict(zip(names, counts, strict=True))))
+            found[made.signature, widths[0], widths[1]] = None
+    return list(found)
 
 
 def subsets(names: Sequence[str]) -> list[frozenset[str]]:
