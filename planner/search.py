@@ -73,8 +73,7 @@ def problem(
     traced = trace(model, inputs, lossy=scope.lossy)
     if not traced.operations:
         raise PlanError("the model has no convolution or linear layer, so there is nothing to plan")
-    graph, notes = paying(scope.applied(traced, model), profile, scope)
-    graph = trimmable(graph, model, profile, scope)
+    graph, notes = paying(trimmable(scope.applied(traced, model), model, profile, scope), profile, scope)
     tables = (table,) if isinstance(table, LatencyTable) else tuple(table or ())
     costs = costs_of(graph, devices or (profile,), tables)
     return Problem(model, graph, profile, scope, costs, notes)
