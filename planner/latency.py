@@ -21,7 +21,7 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from planner.graph import Graph
-from planner.kriging import Features, Key, Networks, Posterior, Prior, regress
+from planner.kriging import Features, Key, Networks, Prior, regress
 from planner.operations import Choice, Operation
 from planner.roofline import EXPECTED_ERROR, Rules
 from planner.spec import Prediction, canonical, read
@@ -256,7 +256,7 @@ def keys(graph: Graph, candidates: Mapping[str, Sequence[int]]) -> list[Key]:
 def fit(graph: Graph, profile: Profile, wanted: Sequence[Key], probes: Sequence[Probe]) -> Fitted:
     """Return what explains the probes: the entries of the `wanted` keys and of all that a probe holds."""
     counts = [_present(graph, probe.choice) for probe in probes]
-    found = _regressed(graph, Features(Rules(profile)), wanted, probes)
+    found = regress(Features(Rules(profile)), _operations(graph, probes), wanted, _seen(graph, probes))
     seen, runs = Counter[Key](), Counter[Key]()
     for probe, count in zip(probes, counts, strict=True):
         seen.update(count.keys())
@@ -289,29 +289,35 @@ def rates_of(graph: Graph, profile: Profile, cost_s: Mapping[Key, float]) -> dic
 def cross_validated(graph: Graph, profile: Profile, probes: Sequence[Probe]) -> tuple[float, ...]:
     """Return predicted / measured - 1 of each probe, by fits to the other parts; nothing of too few probes."""
     errors, features = np.zeros(len(probes)), Features(Rules(profile))
+    operations = _operations(graph, probes)
     if len(probes) < 2 * _PARTS:
         return ()
     for part in range(_PARTS):
         index = np.arange(len(probes)) % _PARTS == part
         others, judged = ([p for p, out in zip(probes, index, strict=True) if out == mine] for mine in (False, True))
         counts = [_present(graph, probe.choice) for probe in judged]
-        found = _regressed(graph, features, list(dict.fromkeys(key for count in counts for key in count)), others)
+        wanted = list(dict.fromkeys(key for count in counts for key in count))
+        found = regress(features, operations, wanted, _seen(graph, others))
         seconds = [found.overhead_s + sum(found.cost_s[key] * n for key, n in count.items()) for count in counts]
         errors[index] = np.array(seconds) / [probe.latency_s for probe in judged] - 1
     return tuple(errors.tolist())
 
 
-def _regressed(graph: Graph, features: Features, wanted: Sequence[Key], probes: Sequence[Probe]) -> Posterior:
-    seen = Networks(
+def _seen(graph: Graph, probes: Sequence[Probe]) -> Networks:
+    return Networks(
         counts=[_present(graph, probe.choice) for probe in probes],
         times_s=np.array([probe.latency_s for probe in probes]),
         spread=np.array([probe.noise for probe in probes]),
     )
-    known = {o.signature: o for o in graph.operations}
+
+
+def _operations(graph: Graph, probes: Sequence[Probe]) -> dict[str, Operation]:
+    """Return the operations of a graph by their signatures, and what probes trimmed them to."""
+    found = {own.signature: own for own in graph.operations}
     for probe in probes:
-        under = (o.under(probe.choice)[0] for o in graph.operations)
-        known |= {made.signature: made for made in under if made.whole}
-    return regress(features, known, wanted, seen)
+        under = (own.under(probe.choice)[0] for own in graph.operations)
+        found |= {made.signature: made for made in under if made.signature not in found}
+    return found
 
 
 def _present(graph: Graph, choice: Choice) -> Counter[Key]:

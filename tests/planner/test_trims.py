@@ -17,7 +17,7 @@ from backends.shapes import CroppedConv
 from planner import Plan, resources
 from planner.graph import Graph, trace
 from planner.groups import group
-from planner.latency import Rules, keys
+from planner.latency import Probe, Rules, cross_validated, fit, keys
 from planner.offers import trimmable
 from planner.operations import Operation
 from planner.structures import NM, Kernel, kept, ranked
@@ -215,6 +215,33 @@ def test_a_table_prices_what_it_has_not_measured_by_the_ratio_of_the_rules() -> 
     assert known.cost(one, 8, 8) == 7e-4
     with pytest.raises(PlanError, match=r"layer2\.1\.conv2 was not measured as it is trimmed, and .*any\.pytorch"):
         table_of(graph, dict.fromkeys(wanted, 1e-3)).cost(one, 8, 8)
+
+
+def test_a_table_learns_from_a_network_that_was_measured_as_planned() -> None:
+    model = residual()
+    graph, profile = trace(model, INPUTS), profiles.load(ORT)
+    rules = Rules(profile)
+
+    def probe(**keep: int) -> Probe:
+        choice = graph.choice(keep)
+        latency_s = rules.latency(graph, choice)
+        common = {"relative": 1.0, "ci95_s": (latency_s * 0.999, latency_s * 1.001), "runs": 9, "removed": ()}
+        return Probe(keep=dict(choice.keep), latency_s=latency_s, **common)
+
+    probes = [probe(**{"layer1.0.conv1": n, "layer3.0.conv1": m}) for n in (2, 4, 8) for m in (2, 4, 8)]
+    probes.append(probe(**{f"{INNER} kernel": 1, f"{STREAM} channel": 4}))
+    found = fit(graph, profile, keys(graph, {}), probes)
+    one, *_ = _operation(graph, INNER).trimmed({f"{INNER} kernel": 1}, 8, 8)
+    read, *_ = _operation(graph, STREAM).trimmed({f"{STREAM} channel": 4}, 8, 8)
+    table = table_of(graph, {}, profile=ORT).model_copy(update=dict(found))
+    assert table.knows(one)
+    assert table.knows(read)
+    assert {(e.operation, e.inputs, e.outputs) for e in found.entries} >= {
+        (one.signature, 8, 8),
+        (read.signature, 4, 8),
+    }
+    assert table.latency(graph, probes[-1].choice) == pytest.approx(probes[-1].latency_s, rel=0.02)
+    assert len(cross_validated(graph, profile, probes)) == len(probes)
 
 
 # --- what is lost -------------------------------------------------------------------------------------------------
