@@ -238,6 +238,7 @@ class Solver:
         """Return the plan within the budgets."""
         graph, wanted = self.posed.graph, list(self.limits(latency, limits))
         choice, proof = self._within(wanted, limits.gap)
+        choice = self._untrimmed(choice)
         full = graph.choice(choice.keep, choice.removed)
         time = self.posed.times[self.posed.profile.id]
         costs = self.posed.costs[self.posed.profile.id]
@@ -247,6 +248,13 @@ class Solver:
         made = document.written(choice, proof, [own.written(full) for own in wanted], fraction)
         notes, scope = (*self.posed.notes, *self._trimmed(full), *doubts(made)), self.posed.scope
         return made.model_copy(update={"lossy": scope.lossy, "forced": scope.force, "tied": self.tied, "notes": notes})
+
+    def _untrimmed(self, choice: Choice) -> Choice:
+        """Return the choice that leaves layers whole which leave with their blocks anyway."""
+        graph = self.posed.graph
+        stay = {own.weight for own in graph.operations if own.present(choice)}
+        whole = {trim.name: trim.size for trim in graph.trims if trim.groups.tensor not in stay}
+        return Choice({name: whole.get(name, count) for name, count in choice.keep.items()}, choice.removed)
 
     def _trimmed(self, choice: Choice) -> tuple[str, ...]:
         """Return on what trims rely, and what the table does not know of them."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,20 @@ def test_what_needs_a_width_leaves_it_whole() -> None:
         for trim in posed.graph.trims:
             if full[trim.name] < trim.size:
                 assert all(full[name] in {0, *counts} for name, counts in trim.needs.items())
+
+
+def test_what_leaves_with_a_block_is_not_trimmed() -> None:
+    model, profile = residual(), knowing(kernel_shape="yes")
+    posed = planner.problem(model, INPUTS, profile)
+    free = planner.magnitude(model, posed.graph, posed.options(thrifty=True))
+    cheap = {trim.name: {1: 0.0, 9: 0.0} for trim in posed.graph.trims}
+    nothing = {name: dict.fromkeys(losses, 1.0) for name, losses in free.widths.items()}
+    free = replace(free, widths={**nothing, **cheap}, blocks=dict.fromkeys(free.blocks, 0.0), stages={})
+    plan = posed.solve(0.3, importance=free)
+    gone = {block.name for block in plan.blocks if block.removed}
+    assert gone
+    kept_whole = {trim.layer for trim in plan.trims if trim.keep == 9}
+    assert {f"{block}.conv1" for block in gone} <= kept_whole
 
 
 def test_trims_make_a_plan_lose_less() -> None:
