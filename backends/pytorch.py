@@ -22,7 +22,7 @@ from backends.folding import exported
 from backends.program import opened_program, saved_program
 from backends.quiet import quietly
 from backends.samples import Samples
-from backends.semi_structured import sparsified_
+from backends.semi_structured import qualifies, sparsified_
 from backends.settings import Recorded, Settings, asked
 from backends.subnormals import flush_
 from profiles.atomic import write_bytes
@@ -77,7 +77,7 @@ def build(
         samples=samples,
         can=tuple(_DTYPES),
     )
-    options = options_for(profile, job.number)
+    options = _sparse_where_planned(options_for(profile, job.number), profile, model)
 
     def write(file: Path) -> Made:
         if options.mode == "exported":
@@ -120,6 +120,13 @@ def options_for(profile: "Profile | None", number: str) -> Options:
     if options.sparse and options.number == "fp32":
         raise BuildError("2:4 weights are computed in fp16 or bf16, not in fp32; choose a profile of these")
     return options
+
+
+def _sparse_where_planned(options: Options, profile: "Profile | None", model: torch.nn.Module) -> Options:
+    """Return the options with `sparse` if there are linear layers that qualify, and the profile does not say."""
+    silent = options.device == "cuda" and options.number != "fp32" and "sparse" not in asked(profile)
+    sparse = silent and qualifies(model, _DTYPES[options.number])
+    return options.model_copy(update={"sparse": sparse or options.sparse})
 
 
 def _write(model: torch.nn.Module, path: Path) -> int:

@@ -29,6 +29,7 @@ from backends.cuda import finished, required
 from backends.export import export_onnx
 from backends.quantisation import for_onnxruntime
 from backends.samples import Inputs, Samples
+from backends.semi_structured import has_two_of_four
 from backends.settings import Settings, asked
 from profiles.atomic import write_bytes
 from profiles.errors import BackendUnavailable, BuildError
@@ -111,6 +112,9 @@ def build(
         can=_CAN,
     )
     options = options_for(profile, job.number)
+    if options.number != "fp32" and "sparse_weights" not in asked(profile):
+        layers = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+        options = options.model_copy(update={"sparse_weights": has_two_of_four(model, layers)})
     told = build_for(options, job.version)
     required(NAME)
     return job.make(

@@ -20,7 +20,7 @@ _FEW = 2  # widths on one axis
 def paying(graph: Graph, profile: Profile, scope: Scope) -> tuple[Graph, tuple[str, ...]]:
     """Return the graph without the structures that do not pay on the device, unless forced, and what was left out.
 
-    Raises PlanError if nothing is left of what could be cut.
+    Raises PlanError if nothing is left of what could be cut, nor can any layer be trimmed.
     """
     parts: list[Width | Block] = [*graph.cuttable, *(block for block in graph.blocks if not block.frozen)]
     refused: dict[str, str] = {}
@@ -29,7 +29,7 @@ def paying(graph: Graph, profile: Profile, scope: Scope) -> tuple[Graph, tuple[s
         known = profile.pays(kind)
         if known is not None and known.pays == "no" and not scope.force:
             refused[part.name] = f"cutting {kind} does not pay on {profile.id}"
-    if parts and len(refused) == len(parts):
+    if parts and len(refused) == len(parts) and not graph.trims:
         raise PlanError(
             f"{next(iter(refused.values()))}, and nothing else can be cut; Scope(force=True) plans it anyway"
         )

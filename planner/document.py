@@ -1,7 +1,7 @@
 """The solution of the integer program, written as the plan that people review and training follows."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,9 @@ from planner.importance import Importance
 from planner.latency import Costs, forecast
 from planner.operations import Choice
 from planner.resources import Resource
-from planner.spec import BlockPlan, InputSpec, LimitPlan, Plan, Pool, Proof, WidthPlan, canonical
+from planner.spec import BlockPlan, InputSpec, LimitPlan, Plan, Pool, Proof, TrimPlan, WidthPlan, canonical
 from planner.structures import Filter
+from planner.trims import Trim
 from profiles import Profile
 from profiles.errors import PlanError
 
@@ -33,7 +34,8 @@ class Document:
 
     def written(self, choice: Choice, proof: Proof, limits: Sequence[LimitPlan], fraction: float) -> Plan:
         """Return the plan of a solution."""
-        widths = tuple(self._width(name, choice) for name in self.options)
+        widths = tuple(self._width(name, choice) for name in self.options if name in self.graph.width)
+        trims = tuple(self._trim(trim, choice) for trim in self.graph.trims if trim.name in self.options)
         free = (block for block in self.graph.blocks if not block.frozen)
         blocks = tuple(BlockPlan(name=block.name, removed=block.name in choice.removed) for block in free)
         return Plan(
@@ -45,7 +47,8 @@ class Document:
             limits=tuple(limits),
             widths=widths,
             blocks=blocks,
-            pools=per_width_pools(widths, blocks),
+            pools=(*per_width_pools(widths, blocks), *self._trim_pools(choice)),
+            trims=trims,
             importance=self.importance.name,
             predicted=forecast(self.costs, self.graph, choice),
             proof=proof,
@@ -69,14 +72,35 @@ class Document:
             fractions=tuple(found / dense_s for found in seconds),
         )
 
+    def _trim(self, trim: Trim, choice: Choice) -> TrimPlan:
+        name, counts, losses = trim.name, tuple(self.options[trim.name]), self.importance.widths[trim.name]
+        dense_s = self.time.under(self.graph.dense)
+        return TrimPlan(
+            name=name,
+            structure=trim.structure,
+            dense=trim.size,
+            keep=choice.keep[name],
+            considered=counts,
+            losses=tuple(losses[count] for count in counts),
+            fractions=tuple(found / dense_s for found in self._seconds(name, choice)),
+        )
+
+    def _trim_pools(self, choice: Choice) -> Iterator[Pool]:
+        for trim in self.graph.trims:
+            if (keep := choice.keep.get(trim.name, trim.size)) < trim.size:
+                name, budget = trim.pool(keep)
+                yield Pool(
+                    name=name, structure=trim.structure, members=(name,), weights=(1.0,), costs=(1.0,), budget=budget
+                )
+
     def _seconds(self, name: str, choice: Choice) -> list[float]:
         """Return the latency with each candidate of a width, all else as chosen; the block around it stays."""
         (terms,) = self.time.sums
-        block = self.graph.width[name].block
+        block = self.graph.part[name].block
         chosen = self.graph.choice(choice.keep, choice.removed - {block or ""})
         touched = [term for term in terms if any(name == own for e in term.extents for own, _ in e.parts)]
         gone = [own for own in self.options if own != name and not choice.keep[own]]  # priced as if dense
-        full = self.graph.choice({**chosen.keep, **{own: self.graph.width[own].size for own in gone}}, chosen.removed)
+        full = self.graph.choice({**chosen.keep, **{own: self.graph.part[own].size for own in gone}}, chosen.removed)
 
         def of(count: int) -> float:
             trial = Choice({**full.keep, name: count}, full.removed)

@@ -26,6 +26,7 @@ from planner.operations import Choice, Extent, Operation, find_operations
 from planner.parallel import unwrapped
 from planner.regions import inline, under_autocast
 from planner.rules import propagate
+from planner.trims import Trim
 from planner.widths import Width, extent, find_widths, labels_of
 from profiles.errors import PlanError
 
@@ -45,11 +46,25 @@ class Graph:
     counted: tuple[tuple[str, Extent], ...] = ()  # modules that divide by the length of an axis that can be cut
     alive: tuple[tuple[Activation, ...], ...] = ()  # the sets of activations that a run holds at once
     casts: bool = False  # whether the model itself computes in another precision than that of its weights
+    trims: tuple[Trim, ...] = ()  # what single layers may lose beside the widths, where a plan is offered any
 
     @cached_property
     def width(self) -> dict[str, Width]:
         """The widths by name."""
         return {width.name: width for width in self.widths}
+
+    @cached_property
+    def part(self) -> dict[str, Width | Trim]:
+        """The widths and trims by name."""
+        return {**self.width, **{trim.name: trim for trim in self.trims}}
+
+    @cached_property
+    def trims_of(self) -> dict[str, tuple[Trim, ...]]:
+        """The trims by the weight."""
+        found: dict[str, tuple[Trim, ...]] = {}
+        for trim in self.trims:
+            found[trim.groups.tensor] = (*found.get(trim.groups.tensor, ()), trim)
+        return found
 
     @cached_property
     def block(self) -> dict[str, Block]:
@@ -59,7 +74,7 @@ class Graph:
     @property
     def dense(self) -> Choice:
         """The choice that keeps everything."""
-        return Choice({width.name: width.size for width in self.widths}, frozenset())
+        return Choice({name: part.size for name, part in self.part.items()}, frozenset())
 
     @property
     def cuttable(self) -> tuple[Width, ...]:

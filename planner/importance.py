@@ -12,13 +12,14 @@ from planner.blocks import Block
 from planner.evaluation import evaluating
 from planner.graph import Graph
 from planner.groups import Groups, group
-from planner.structures import Depth, Filter, Structure
+from planner.structures import Depth, Structure, kept, ranked
+from planner.trims import Trim, structure_of
 from planner.widths import Width
 from profiles.errors import PlanError
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
-Candidates = Mapping[str, Sequence[int]]  # widths to consider for each named width, the dense one included
+Candidates = Mapping[str, Sequence[int]]  # numbers to consider for each width or trim, the dense one included
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Importance:
     widths: Mapping[str, Mapping[int, float]]
     blocks: Mapping[str, float]
     stages: Mapping[str, float]
-    scores: Mapping[str, Tensor] = field(default_factory=dict)  # of each width's channels, (size,); else their norms
+    scores: Mapping[str, Tensor] = field(default_factory=dict)  # of each width's or trim's groups; else their norms
 
     def with_depth_priced(self, factor: float) -> "Importance":
         """Return the importance with γ multiplied by `factor`: at 0 blocks leave as if each were alone."""
@@ -37,30 +38,35 @@ class Importance:
 
 
 def magnitude(model: nn.Module, graph: Graph, candidates: Candidates) -> Importance:
-    """Rank by weights alone: the share of a width's squared norm that is cut; a block costs 1, more of a stage more."""
+    """Rank by weights alone: the share of a width's squared norm that is cut; a block costs 1, more of a stage more.
+
+    What is trimmed off a layer loses its share of the squared norm of that layer's weights.
+    """
     parameters = dict(model.named_parameters())
-    squares = {name: _squares(graph.width[name], model, parameters) for name in candidates}
+    squares = {name: _squares(graph.part[name], model, parameters) for name in candidates}
     return replace(supplied("magnitude", squares, graph, candidates), scores={})  # norms, anew as they change
 
 
 def supplied(name: str, scores: Mapping[str, Tensor], graph: Graph, candidates: Candidates) -> Importance:
     """Rank by scores, one of each channel of each width: what is lost is the share of a width's score that is cut.
 
-    A block costs 1, more blocks of a stage more. Raises PlanError if a width has no scores, or not one a channel.
+    Trims have one score a group too: an input, a position of the kernel from its centre outwards, a weight. A block
+    costs 1, more blocks of a stage more. Raises PlanError if a width has no scores, or not one a channel.
     """
     widths = {}
     for width, counts in candidates.items():
-        own = scores.get(width)
-        if own is None or own.shape != (graph.width[width].size,) or not bool((own >= 0).all()):
-            raise PlanError(f"{name!r} needs {graph.width[width].size} scores of 0 or more for {width}")
-        share = own.sort(descending=True).values.cumsum(0) / own.sum().clamp_min(1e-30)
+        own, structure = scores.get(width), structure_of(graph.part[width])
+        if own is None or len(own) not in (structure.count, graph.part[width].size) or not bool((own >= 0).all()):
+            raise PlanError(f"{name!r} needs {structure.count} scores of 0 or more for {width}")
+        worth = ranked(structure, own).cumsum(0)
+        share = worth / worth[-1].clamp_min(1e-30)
         widths[width] = {count: max(0.0, 1 - float(share[count - 1])) for count in counts}
     free = [block for block in graph.blocks if not block.frozen]
     return Importance(name, widths, dict.fromkeys((b.name for b in free), 1.0), {b.stage: 0.5 for b in free}, scores)
 
 
 def batchnorm_scale(model: nn.Module, graph: Graph, candidates: Candidates) -> Importance:
-    """Rank by the absolute scale of the normalisations on the way (Liu et al. 2017).
+    """Rank by the absolute scale of the normalisations on the way (Liu et al. 2017); trims by their squared norms.
 
     Raises PlanError if a width has none.
     """
@@ -68,6 +74,9 @@ def batchnorm_scale(model: nn.Module, graph: Graph, candidates: Candidates) -> I
     scales = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, kinds) and m.weight is not None}
     parameters, scores = dict(model.named_parameters()), {}
     for name in candidates:
+        if name not in graph.width:
+            scores[name] = _squares(graph.part[name], model, parameters)
+            continue
         width = graph.width[name]
         found = torch.zeros(width.size)
         pieces = [piece for piece in width.slices if piece.tensor in scales]
@@ -85,7 +94,7 @@ def batchnorm_scale(model: nn.Module, graph: Graph, candidates: Candidates) -> I
 def at_random(graph: Graph, candidates: Candidates, *, seed: int = 0) -> Importance:
     """Rank at random: the control that says what any other importance is worth."""
     dice = torch.Generator().manual_seed(seed)
-    scores = {name: torch.rand(graph.width[name].size, generator=dice) for name in candidates}
+    scores = {name: torch.rand(structure_of(graph.part[name]).count, generator=dice) for name in candidates}
     return supplied(f"random {seed}", scores, graph, candidates)
 
 
@@ -100,29 +109,31 @@ def taylor(
     batches = [(x.to(device), y.to(device)) for x, y in batches]
     free = [block for block in graph.blocks if not block.frozen]
     with evaluating(model):
-        found = _taylor(model, [Filter(graph.width[name]) for name in candidates], batches, loss)
-        blocks = {name: float(own) for name, own in _taylor(model, [Depth(b) for b in free], batches, loss).items()}
+        parts = {name: structure_of(graph.part[name]) for name in candidates}
+        found = _taylor(model, parts, batches, loss)
+        removals = _taylor(model, {block.name: Depth(block) for block in free}, batches, loss)
+        blocks = {name: float(own) for name, own in removals.items()}
     widths = {}
     for name, counts in candidates.items():
-        kept = torch.cat([torch.zeros(1), found[name].cpu().sort(descending=True).values.cumsum(0)])
-        widths[name] = {count: max(0.0, float(kept[-1] - kept[count])) for count in counts}
+        worth = torch.cat([torch.zeros(1), ranked(parts[name], found[name].cpu()).cumsum(0)])
+        widths[name] = {count: max(0.0, float(worth[-1] - worth[count])) for count in counts}
     stages: dict[str, list[float]] = defaultdict(list)
     for block in free:
         stages[block.stage].append(blocks[block.name])
     return Importance("taylor", widths, blocks, {s: 0.5 * sum(own) / len(own) for s, own in stages.items()}, found)
 
 
-def _squares(width: Width, model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Return the squared norm of each channel; ones where the model has no weights, on the meta device."""
+def _squares(part: Width | Trim, model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return the squared norm of each group; ones where the model has no weights, on the meta device."""
     if next(iter(parameters.values())).is_meta:
-        return torch.ones(width.size)
-    return group([Filter(width)], model).norms(parameters).square()
+        return torch.ones(part.size)
+    return group([structure_of(part)], model).norms(parameters).square()
 
 
 def questions(graph: Graph, candidates: Candidates) -> int:
     """Return how many losses `measured` measures."""
     free = [block for block in graph.blocks if not block.frozen]
-    narrowings = sum(count < graph.width[name].size for name, counts in candidates.items() for count in counts)
+    narrowings = sum(count < graph.part[name].size for name, counts in candidates.items() for count in counts)
     return narrowings + len(free) + len({block.stage for block in free})
 
 
@@ -146,9 +157,9 @@ def measured(
     device = next(model.parameters()).device
     batches = [(x.to(device), y.to(device)) for x, y in batches]
     with evaluating(model):
-        scores = _taylor(model, [Filter(graph.width[name]) for name in candidates], batches, loss)
+        scores = _taylor(model, {name: structure_of(graph.part[name]) for name in candidates}, batches, loss)
         asked = _Rises(model, batches, loss, {} if answers is None else answers)
-        widths = {name: asked.of_width(graph.width[name], counts, scores[name]) for name, counts in candidates.items()}
+        widths = {name: asked.of_part(graph.part[name], counts, scores[name]) for name, counts in candidates.items()}
         of_stage: dict[str, list[Block]] = defaultdict(list)
         for block in graph.blocks:
             if not block.frozen:
@@ -168,14 +179,13 @@ class _Rises:
     answers: MutableMapping[str, float]
     base: float | None = None
 
-    def of_width(self, width: Width, counts: Sequence[int], scores: Tensor) -> dict[int, float]:
+    def of_part(self, part: Width | Trim, counts: Sequence[int], scores: Tensor) -> dict[int, float]:
         """Return the rise for each number of channels kept; cutting more never costs less: what looks so is noise."""
-        worst, rises = 0.0, {}
+        worst, rises, structure = 0.0, {}, structure_of(part)
         for count in sorted(counts, reverse=True):
-            if count < width.size:
-                kept = torch.zeros_like(scores)
-                kept[scores.topk(count).indices] = 1
-                worst = max(worst, self._rise(f"{width.name} {count}", [Filter(width)], kept))
+            if count < part.size:
+                stays = kept(structure, scores, count)
+                worst = max(worst, self._rise(f"{part.name} {count}", [structure], stays))
             rises[count] = worst
         return rises
 
@@ -220,10 +230,10 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
 
 
 def _taylor(
-    model: nn.Module, structures: Sequence[Structure], batches: Sequence[Batch], loss: Loss
+    model: nn.Module, structures: Mapping[str, Structure], batches: Sequence[Batch], loss: Loss
 ) -> dict[str, Tensor]:
     """Return for each structure |Σ w·∂L/∂w| of its groups: what the loss loses to first order when they go."""
-    groups = group(structures, model)
+    groups = group(list(structures.values()), model)
     parameters = dict(model.named_parameters())
     members = list(dict.fromkeys(member.tensor for member in groups.members))
     scores = torch.zeros(groups.count, device=groups.structure.device)
@@ -231,5 +241,5 @@ def _taylor(
         gradients = torch.autograd.grad(loss(model(x), y), [parameters[name] for name in members])
         products = {n: parameters[n].detach() * g for n, g in zip(members, gradients, strict=True)}
         scores += groups.sums(products).abs()
-    sizes = [structure.count for structure in structures]
-    return dict(zip([structure.name for structure in structures], torch.split(scores, sizes), strict=True))
+    sizes = [structure.count for structure in structures.values()]
+    return dict(zip(structures, torch.split(scores, sizes), strict=True))

@@ -21,7 +21,7 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from planner.graph import Graph
-from planner.kriging import Features, Key, Networks, Posterior, Prior, regress
+from planner.kriging import Features, Key, Networks, Prior, regress
 from planner.operations import Choice, Operation
 from planner.roofline import EXPECTED_ERROR, Rules
 from planner.spec import Prediction, canonical, read
@@ -155,11 +155,14 @@ class LatencyTable(Fitted):
     def cost(self, operation: Operation, inputs: int, outputs: int) -> float:
         """Return the seconds that an operation adds; at widths that the table lacks, by the process it is fitted with.
 
+        One that is trimmed in a way that was not measured costs what the whole one does, times the ratio of the rules.
         Raises PlanError if the table lacks the operation, or the widths and the profile is not known here.
         """
         key = (operation.signature, inputs, outputs)
         if key not in self._cost:
             near = self._measured.get(operation.signature)
+            if operation.whole is not None and not self.knows(operation):
+                return self._by_ratio(operation, operation.whole, inputs, outputs)
             if not near or self._prior is None:
                 raise PlanError(
                     f"the latency table has no entry for {operation.signature} {inputs}->{outputs} "
@@ -168,10 +171,22 @@ class LatencyTable(Fitted):
             self._cost[key] = self._prior.between(operation, near, (inputs, outputs))
         return self._cost[key]
 
+    def knows(self, operation: Operation) -> bool:
+        """Whether an operation was measured, so that the table tells its cost at any widths."""
+        return operation.signature in self._measured and self._prior is not None
+
+    def _by_ratio(self, operation: Operation, whole: Operation, inputs: int, outputs: int) -> float:
+        try:
+            rules = Rules(profile_of(self.profile)) if self._prior is None else self._prior.features.rules
+        except ProfileError as error:
+            raise PlanError(f"{operation.name} was not measured as it is trimmed, and {error}") from error
+        ratio = rules.cost(operation, inputs, outputs) / rules.cost(whole, inputs, outputs)
+        return self.cost(whole, inputs, outputs) * ratio
+
     def latency(self, graph: Graph, choice: Choice) -> float:
         """Return the predicted seconds of one run under `choice`."""
         present = (o for o in graph.operations if o.present(choice))
-        return self.overhead_s + sum(self.cost(o, *o.widths(choice)) for o in present)
+        return self.overhead_s + sum(self.cost(*o.under(choice)) for o in present)
 
     @property
     def sha256(self) -> str:
@@ -241,7 +256,7 @@ def keys(graph: Graph, candidates: Mapping[str, Sequence[int]]) -> list[Key]:
 def fit(graph: Graph, profile: Profile, wanted: Sequence[Key], probes: Sequence[Probe]) -> Fitted:
     """Return what explains the probes: the entries of the `wanted` keys and of all that a probe holds."""
     counts = [_present(graph, probe.choice) for probe in probes]
-    found = _regressed(graph, Features(Rules(profile)), wanted, probes)
+    found = regress(Features(Rules(profile)), _operations(graph, probes), wanted, _seen(graph, probes))
     seen, runs = Counter[Key](), Counter[Key]()
     for probe, count in zip(probes, counts, strict=True):
         seen.update(count.keys())
@@ -274,26 +289,37 @@ def rates_of(graph: Graph, profile: Profile, cost_s: Mapping[Key, float]) -> dic
 def cross_validated(graph: Graph, profile: Profile, probes: Sequence[Probe]) -> tuple[float, ...]:
     """Return predicted / measured - 1 of each probe, by fits to the other parts; nothing of too few probes."""
     errors, features = np.zeros(len(probes)), Features(Rules(profile))
+    operations = _operations(graph, probes)
     if len(probes) < 2 * _PARTS:
         return ()
     for part in range(_PARTS):
         index = np.arange(len(probes)) % _PARTS == part
         others, judged = ([p for p, out in zip(probes, index, strict=True) if out == mine] for mine in (False, True))
         counts = [_present(graph, probe.choice) for probe in judged]
-        found = _regressed(graph, features, list(dict.fromkeys(key for count in counts for key in count)), others)
+        wanted = list(dict.fromkeys(key for count in counts for key in count))
+        found = regress(features, operations, wanted, _seen(graph, others))
         seconds = [found.overhead_s + sum(found.cost_s[key] * n for key, n in count.items()) for count in counts]
         errors[index] = np.array(seconds) / [probe.latency_s for probe in judged] - 1
     return tuple(errors.tolist())
 
 
-def _regressed(graph: Graph, features: Features, wanted: Sequence[Key], probes: Sequence[Probe]) -> Posterior:
-    seen = Networks(
+def _seen(graph: Graph, probes: Sequence[Probe]) -> Networks:
+    return Networks(
         counts=[_present(graph, probe.choice) for probe in probes],
         times_s=np.array([probe.latency_s for probe in probes]),
         spread=np.array([probe.noise for probe in probes]),
     )
-    return regress(features, {o.signature: o for o in graph.operations}, wanted, seen)
+
+
+def _operations(graph: Graph, probes: Sequence[Probe]) -> dict[str, Operation]:
+    """Return the operations of a graph by their signatures, and what probes trimmed them to."""
+    found = {own.signature: own for own in graph.operations}
+    for probe in probes:
+        under = (own.under(probe.choice)[0] for own in graph.operations)
+        found |= {made.signature: made for made in under if made.signature not in found}
+    return found
 
 
 def _present(graph: Graph, choice: Choice) -> Counter[Key]:
-    return Counter((o.signature, *o.widths(choice)) for o in graph.operations if o.present(choice))
+    under = (o.under(choice) for o in graph.operations if o.present(choice))
+    return Counter((made.signature, inputs, outputs) for made, inputs, outputs in under)

@@ -51,6 +51,12 @@ class Operation:
     read_per_input: int = 0  # elements of activations read per input channel
     moved_per_output: int = 0  # elements of activations written per output channel, and read to be added there
     weights_per_pair: int = 0  # elements of weights per (input channel, output channel); per output channel if grouped
+    weight: str = ""  # the parameter that it multiplies by, if it is one layer's
+    kernel: tuple[int, ...] = ()
+    pattern: str = ""  # "n:m" if n of every m of its weights may be kept
+    sparse: bool = False  # whether that many are
+    copied_per_input: int = 0  # elements that are copied per input channel, where it selects those that it reads
+    whole: "Operation | None" = None  # what it was before it was trimmed
 
     def present(self, choice: Choice) -> bool:
         """Whether the operation is still there under `choice`."""
@@ -60,12 +66,30 @@ class Operation:
         """Return its input and output channels under `choice`."""
         return self.inputs.under(choice), self.outputs.under(choice)
 
+    def under(self, choice: Choice) -> "tuple[Operation, int, int]":
+        """Return what is left of it under `choice`, with its input and output channels."""
+        return self.trimmed(choice.keep, *self.widths(choice))
+
+    def trimmed(self, keep: Mapping[str, int], inputs: int, outputs: int) -> "tuple[Operation, int, int]":
+        """Return it with what `keep` leaves of its kernel, of every m weights, and of the inputs that it reads.
+
+        Its signature says all of that, but for the kernel of another size, as which it is any other operation.
+        """
+        made, (n, m) = self, map(int, (self.pattern or "1:1").split(":"))
+        if keep.get(f"{self.weight} kernel", math.inf) < math.prod(self.kernel):
+            made = _of_kernel(made, cropped(self.kernel, keep[f"{self.weight} kernel"]))
+        if keep.get(f"{self.weight} {self.pattern}", m) < m:
+            made = replace(made, signature=_inserted(made, f"{n}:{m}"), sparse=True)
+        if (read := min(inputs, keep.get(f"{self.weight} channel", inputs))) < inputs:
+            made = replace(made, signature=_inserted(made, f"of{inputs}"), copied_per_input=self.read_per_input)
+        return (self if made is self else replace(made, whole=self)), read, outputs
+
     def macs(self, choice: Choice) -> int:
-        """Return its multiply-accumulates under `choice`."""
+        """Return its multiply-accumulates under `choice`, those with zeros included."""
         if not self.present(choice):
             return 0
-        inputs, outputs = self.widths(choice)
-        return self.macs_per_pair * outputs * (1 if self.grouped else inputs)
+        made, inputs, outputs = self.under(choice)
+        return made.macs_per_pair * outputs * (1 if self.grouped else inputs)
 
     @property
     def additions(self) -> int:
@@ -76,6 +100,39 @@ class Operation:
     def kind(self) -> str:
         """The name that profiles use for it."""
         return self.signature.split()[0]
+
+
+def cropped(size: Sequence[int], positions: int) -> tuple[int, ...]:
+    """Return the kernel of so many positions around the centre of one of odd `size`."""
+    return next(own for own in crops(size) if math.prod(own) == positions)
+
+
+def crops(size: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the kernels around the centre of one of odd `size`, that itself the last."""
+    return [tuple(min(each, 2 * ring + 1) for each in size) for ring in range(max(size, default=1) // 2 + 1)]
+
+
+def _of_kernel(operation: Operation, size: tuple[int, ...]) -> Operation:
+    """Return a convolution with a smaller kernel around the same centre, padded less by as much."""
+    kind_, _, stride, padding, dilation, *rest = operation.signature.split()
+    if padding[1:].lstrip("-")[:1].isdigit():
+        pads, steps = ([int(n) for n in word[1:].split("x")] for word in (padding, dilation))
+        pads, steps = (own * len(size) if len(own) < len(size) else own for own in (pads, steps))
+        less = [step * (k - own) // 2 for step, k, own in zip(steps, operation.kernel, size, strict=True)]
+        padding = "p" + "x".join(str(pad - own) for pad, own in zip(pads, less, strict=True))
+    fewer, all_ = math.prod(size), math.prod(operation.kernel)
+    return replace(
+        operation,
+        signature=" ".join([kind_, "x".join(map(str, size)), stride, padding, dilation, *rest]),
+        macs_per_pair=operation.macs_per_pair * fewer // all_,
+        weights_per_pair=operation.weights_per_pair * fewer // all_,
+    )
+
+
+def _inserted(operation: Operation, word: str) -> str:
+    """Return a signature with one more word before the last two, the place and what is fused behind."""
+    first, _, rest = operation.signature.partition(" @")
+    return f"{first} {word} @{rest}"
 
 
 Measure = Callable[[Ids | None, int], Extent]
@@ -155,7 +212,9 @@ class _Seen:
         words += [f"g{groups}" if groups > 1 < per_group else "", "@" + "x".join(map(str, spatial))]
         sides = (_units(self.state, source, axis), size[axis]), (_units(self.state, node, axis), made[axis])
         counts = {"macs_per_pair": positions * pair, "grouped": groups > 1, "weights_per_pair": pair}
-        return [self._made(words, sides, counts, read=numel(source))]
+        operation, moved = self._made(words, sides, counts, read=numel(source))
+        held: Any = weight
+        return [(replace(operation, weight=self.state.name(held) or "", kernel=tuple(kernel)), moved)]
 
     def _recurrent(self, parameters: Any) -> list[tuple[Operation, int]]:
         """Return all layers and directions as one product, from the columns of all matrices to one hidden state."""

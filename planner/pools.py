@@ -1,5 +1,6 @@
 """Pools: groups that share a budget, with their weights and costs, and which of them a budget pays for."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from planner.graph import Graph
 from planner.groups import Groups, group
 from planner.spec import Plan, Pool, WidthPlan
-from planner.structures import NM, Block, Channel, Depth, FilterShape, Structure, of_width
+from planner.structures import NM, Block, Channel, Depth, FilterShape, Kernel, Structure, of_width
 from profiles import Profile
 from profiles.errors import PlanError
 
@@ -147,6 +148,12 @@ def _structure(kind: str, name: str, model: nn.Module, graph: Graph) -> Structur
                 return input_channels(model, graph, name)
             case "filter_shape":
                 return FilterShape(name, tuple(model.get_parameter(name).shape[1:]))
+            case "kernel":
+                weight, _, size = name.rpartition(" ")
+                return Kernel(weight, model.get_parameter(weight).shape[2:], math.prod(map(int, size.split("x"))))
+            case "nm":
+                weight, _, pattern = name.rpartition(" ")
+                return NM(weight, model.get_parameter(weight).numel(), *map(int, pattern.split(":")))
     except (AttributeError, KeyError, ValueError) as error:
         raise PlanError(f"the plan names {name!r}, of which the model has no {kind}; make it for this model") from error
     return of_width(graph.width[name])
@@ -177,7 +184,7 @@ def with_structures(
     for structure, budget in budgets:
         if not 0 < budget <= structure.count:
             raise PlanError(f"{structure.name} has {structure.count} groups, of which {budget} cannot stay")
-        notes += [note for note in [_pays(structure, profile, force=force)] if note]
+        notes += [note for note in [pays(structure, profile, force=force)] if note]
         name, kind = structure.name, KIND[type(structure)]
         added.append(Pool(name=name, structure=kind, members=(name,), weights=(1.0,), costs=(1.0,), budget=budget))
         names |= {structure.width.name} if isinstance(structure, Block) else {structure.name}
@@ -197,7 +204,7 @@ KIND: dict[type[Planned], Literal["block", "channel", "filter_shape"]] = {
 }
 
 
-def _pays(structure: Planned, profile: Profile, *, force: bool) -> str:
+def pays(structure: Planned | Kernel | NM, profile: Profile, *, force: bool) -> str:
     """Return what is to be noted; raises PlanError if the structure does not pay and is not forced."""
     kind, known = structure.profile_kind, profile.pays(structure.profile_kind)
     if known is None:

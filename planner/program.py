@@ -26,6 +26,7 @@ from planner.operations import Choice, Extent
 from planner.resources import Product, Resource, Term, widths_of
 from planner.solver import Row, Terms, minimise
 from planner.spec import Proof
+from planner.trims import Trim
 
 Point = tuple[int, int]  # (variable, what it stands for)
 _INFINITY = float("inf")
@@ -63,9 +64,21 @@ class Program:
             for count in counts:
                 self.keeps[name, count] = self.variable(integral=True)
                 terms[self.keeps[name, count]] = 1.0
-            if (leave := self.leaves.get(self.graph.width[name].block or "")) is not None:
+            if (leave := self.leaves.get(self.graph.part[name].block or "")) is not None:
                 terms[leave] = 1.0
             self.rows.append((terms, 1.0, 1.0))
+        for trim in self.graph.trims:
+            for needed, allowed in trim.needs.items() if trim.name in self.candidates else ():
+                self._need(trim, needed, allowed)
+
+    def _need(self, trim: Trim, name: str, counts: frozenset[int]) -> None:
+        """Let a trim keep fewer than all only where a width or another trim keeps one of `counts`, or left."""
+        terms = {self.keeps[trim.name, count]: 1.0 for count in self.candidates[trim.name] if count < trim.size}
+        leave = self.leaves.get(self.graph.part[name].block or "")
+        allowed = [self.keeps[name, count] for count in self.candidates.get(name, ()) if count in counts]
+        fixed = name not in self.candidates and self.graph.part[name].size in counts
+        free = [*allowed, *([] if leave is None else [leave])]
+        self.rows.append(({**terms, **dict.fromkeys(free, -1.0)}, -_INFINITY, float(fixed)))
 
     def variable(self, *, integral: bool) -> int:
         """Return a new variable in [0, 1]."""
@@ -76,9 +89,9 @@ class Program:
         """Let two widths keep the same share of their channels, as long as the blocks around them stay."""
         terms: Terms = {}
         for name, sign in ((one, 1.0), (other, -1.0)):
-            size = self.graph.width[name].size
+            size = self.graph.part[name].size
             terms |= {self.keeps[name, count]: sign * count / size for count in self.candidates[name]}
-        around = {self.graph.width[name].block or "" for name in (one, other)}
+        around = {self.graph.part[name].block or "" for name in (one, other)}
         free = [self.leaves[block] for block in around if block in self.leaves] if len(around) > 1 else []
         self.rows.append(({**terms, **dict.fromkeys(free, -1.0)}, -_INFINITY, 1e-9))
         self.rows.append(({**terms, **dict.fromkeys(free, 1.0)}, -1e-9, _INFINITY))
@@ -110,7 +123,7 @@ class Program:
         points = [[(self.keeps[name, count], count) for count in self.candidates[name]] for name in names]
         options = [dict(zip(names, option, strict=True)) for option in product(*(self.candidates[n] for n in names))]
         prices = [term.price(*self._at(term, keep)) for keep in options]
-        if len(names) == 1 and blocks in ((), (self.graph.width[names[0]].block,)):
+        if len(names) == 1 and blocks in ((), (self.graph.part[names[0]].block,)):
             return [(variable, price) for (variable, _), price in zip(points[0], prices, strict=True)]
         return list(zip(self._together(points, blocks), prices, strict=True))
 
@@ -143,7 +156,7 @@ class Program:
 
     def _by_length(self, term: Term, blocks: Sequence[str]) -> list[tuple[int | None, float]]:
         """Price a term by the lengths of its axes, each a mixture of lengths on a grid or of one width's candidates."""
-        alone = [self._alone(extent) for extent in term.extents]
+        alone = [self._alone(extent, blocks) for extent in term.extents]
         lengths = [
             [n for _, n in own] if own else self._grid(extent) for own, extent in zip(alone, term.extents, strict=True)
         ]
@@ -159,10 +172,13 @@ class Program:
             return [(variable, price) for (variable, _), price in zip(points[0], prices.tolist(), strict=True)]
         return list(zip(self._together(points, blocks), prices.reshape(-1).tolist(), strict=True))
 
-    def _alone(self, extent: Extent) -> list[Point] | None:
-        """Return the binaries of the one width that decides an axis, with its lengths; None if there are more."""
+    def _alone(self, extent: Extent, blocks: Sequence[str]) -> list[Point] | None:
+        """Return the binaries of the one width or trim that decides an axis, with its lengths; None if there are more.
+
+        Where it leaves with its block, so must the term.
+        """
         names = [name for name, _ in extent.parts if name in self.candidates]
-        if len(names) != 1 or self.graph.width[names[0]].block in self.leaves:
+        if len(names) != 1 or self.graph.part[names[0]].block in self.leaves.keys() - set(blocks):
             return None
         options = [(self.keeps[names[0], count], {names[0]: count}) for count in self.candidates[names[0]]]
         return [(variable, extent.under(self.graph.choice(keep))) for variable, keep in options]
@@ -195,7 +211,7 @@ class Program:
         step = 0
         for name, times in extent.parts:
             counts = self.candidates.get(name, ())
-            inside = self.graph.width[name].block in self.leaves
+            inside = self.graph.part[name].block in self.leaves
             low += times * (0 if inside else min(counts, default=0))
             high += times * max(counts, default=0)
             step = math.gcd(step, *(times * count for count in counts))

@@ -9,7 +9,7 @@ from torch import nn
 
 from planner.graph import Graph
 from planner.latency import Costs
-from planner.operations import Choice, Extent
+from planner.operations import Choice, Extent, Operation
 from planner.roofline import BYTES
 from profiles import Profile
 
@@ -58,18 +58,34 @@ def time(graph: Graph, costs: Costs, name: str) -> Resource:
     """Return the seconds of one run."""
     terms = []
     for operation in graph.operations:
-        price = _Cost(costs, operation)
-        terms.append(Term((operation.inputs, operation.outputs), operation.blocks, price))
+        own = tuple(trim.name for trim in graph.trims_of.get(operation.weight, ()))
+        extents = (operation.inputs, operation.outputs, *map(_count, own))
+        terms.append(Term(extents, operation.blocks, _Cost(costs, operation, own)))
     return Resource(name, "s", (tuple(terms),), costs.overhead_s)
 
 
 @dataclass(frozen=True)
 class _Cost:
     costs: Costs
-    operation: object
+    operation: Operation
+    trims: tuple[str, ...]
 
-    def __call__(self, inputs: int, outputs: int) -> float:
-        return self.costs.cost(self.operation, inputs, outputs)  # type: ignore[arg-type]
+    def __call__(self, inputs: int, outputs: int, *kept: int) -> float:
+        keep = dict(zip(self.trims, kept, strict=True))
+        return self.costs.cost(*self.operation.trimmed(keep, inputs, outputs))
+
+
+def _count(name: str) -> Extent:
+    return Extent(0, ((name, 1),))
+
+
+def _thinned(graph: Graph, tensor: str, axes: tuple[Extent, ...], factor: float) -> tuple[tuple[Extent, ...], Product]:
+    """Return the axes with those of the trims that leave fewer weights, and the price per length of each.
+
+    Inputs are selected where all channels of the axis stay only, so that the product counts those that are read.
+    """
+    thin = [trim for trim in graph.trims_of.get(tensor, ()) if trim.thins]
+    return (*axes, *(_count(trim.name) for trim in thin)), Product(factor / math.prod(trim.size for trim in thin))
 
 
 def operations(graph: Graph) -> Resource:
@@ -78,7 +94,8 @@ def operations(graph: Graph) -> Resource:
     for o in graph.operations:
         if o.macs_per_pair:
             axes = (o.outputs,) if o.grouped else (o.inputs, o.outputs)
-            terms.append(Term(axes, o.blocks, Product(o.macs_per_pair)))
+            extents, price = _thinned(graph, o.weight, axes, o.macs_per_pair)
+            terms.append(Term(extents, o.blocks, price))
     return Resource("macs", "", (tuple(terms),))
 
 
@@ -92,7 +109,8 @@ def parameters(graph: Graph, model: nn.Module) -> Resource:
         blocks = frozenset(b for b, modules in inside.items() if name.rpartition(".")[0] in modules)
         whole = math.prod(size for axis, size in enumerate(shape) if (name, axis) not in axes)
         extents = tuple(axes[name, axis] for axis in range(len(shape)) if (name, axis) in axes)
-        terms.append(Term(extents, blocks, Product(whole)))
+        extents, price = _thinned(graph, name, extents, whole)
+        terms.append(Term(extents, blocks, price))
     return Resource("parameters", "", (tuple(terms),))
 
 

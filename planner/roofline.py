@@ -19,7 +19,7 @@ from planner.graph import Graph
 from planner.operations import Choice, Operation
 from profiles import Profile
 from profiles.evidence import UNPROVEN
-from profiles.schema import Granularity
+from profiles.schema import Granularity, Structure
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Load:
     weight_bytes: float
     written: float  # elements, before what is fused behind
     added: float  # elements of two tensors, behind it
+    copied_bytes: float  # of inputs that are selected first, by a launch of its own
     converted_bytes: float  # whose layout is changed before and after; once, as a neighbour may be beside a cliff too
     penalty: float  # time over that of the usual kernel: more than 1 beside a cliff
 
@@ -107,7 +108,7 @@ class Rules:
 
     def latency(self, graph: Graph, choice: Choice) -> float:
         """Return what one run under `choice` is expected to take."""
-        return sum(self.cost(o, *o.widths(choice)) for o in graph.operations if o.present(choice))
+        return sum(self.cost(*o.under(choice)) for o in graph.operations if o.present(choice))
 
     def fractions(self, graph: Graph, choice: Choice) -> tuple[float, float]:
         """Return the lowest and the highest fraction of the dense latency that the rules allow.
@@ -119,7 +120,7 @@ class Rules:
 
     def _total(self, graph: Graph, choice: Choice, paid: float | None) -> float:
         present = (o for o in graph.operations if o.present(choice))
-        return sum(self.seconds(self.load(o, *o.widths(choice), paid=paid)) for o in present)
+        return sum(self.seconds(self.load(*o.under(choice), paid=paid)) for o in present)
 
     def seconds(self, load: Load) -> float:
         """Return how long a load takes."""
@@ -129,7 +130,8 @@ class Rules:
         moved = max(activations, weights) if at.apart else activations + weights
         converted = load.converted_bytes / at.activation_bytes_per_s
         busy = max(load.macs / at.macs_per_s, load.written / at.outputs_per_s, moved)
-        return load.penalty * busy + converted + load.added / at.additions_per_s + at.launch_s
+        copied = load.copied_bytes / at.activation_bytes_per_s + at.launch_s if load.copied_bytes else 0.0
+        return load.penalty * busy + converted + copied + load.added / at.additions_per_s + at.launch_s
 
     def load(self, operation: Operation, inputs: int, outputs: int, *, paid: float | None = None) -> Load:
         """Return what an operation asks of the device; `paid` is the share of a rounding where that is unknown.
@@ -147,14 +149,35 @@ class Rules:
         elements = operation.moved_per_output * wide / (1 + additions)
         moved = BYTES[dtype.activations] * (operation.read_per_input * deep + operation.moved_per_output * wide)
         return Load(
-            macs=operation.macs_per_pair * pairs,
+            macs=operation.macs_per_pair * pairs * self._computed(operation, paid),
             activation_bytes=moved,
             weight_bytes=BYTES[dtype.weights] * operation.weights_per_pair * pairs,
             written=elements,
             added=elements * additions,
+            copied_bytes=2 * BYTES[dtype.activations] * operation.copied_per_input * inputs,
             converted_bytes=0.0 if penalty is None else moved,
             penalty=penalty or 1.0,
         )
+
+    def _computed(self, operation: Operation, paid: float | None) -> float:
+        """Return the share of the multiply-accumulates that is waited for where n of every m weights are kept.
+
+        From both peaks, or the speed-up that was published, if the profile states them; else between n / m and 1, as
+        nobody says how near to its peak a device comes. 1 where the pattern does not pay.
+        """
+        known = self._pattern(operation.pattern) if operation.sparse else None
+        if known is None:
+            return 1.0
+        n, m = map(int, operation.pattern.split(":"))
+        low, high = (1 / known.speedup[1], 1 / known.speedup[0]) if known.speedup else (n / m, 1.0)
+        ops, number = (self._profile.peak.ops_per_s if self._profile.peak else {}), self._profile.dtype.activations
+        if f"{number}_dense" in ops and f"{number}_sparse" in ops:
+            low = high = ops[f"{number}_dense"] / ops[f"{number}_sparse"]
+        return low + (high - low) * (0.5 if paid is None else paid)
+
+    def _pattern(self, pattern: str) -> Structure | None:
+        found = (own for own in self._profile.structure if own.kind == "nm_sparsity" and own.pattern == pattern)
+        return next((own for own in found if own.pays in ("yes", "conditional")), None)
 
     def alignment(self, operation: Operation, inputs: int, outputs: int) -> str:
         """Return of which of the quanta that the profile states the widths are multiples, a sign for each.

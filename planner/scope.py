@@ -37,16 +37,18 @@ class Scope:
         self._check(modules)
         ignored = self._ignored(modules)
 
-        def reason(makers: tuple[str, ...]) -> str | None:
-            outside = [name for name in makers if not self._selects(name, modules.get(name))]
-            if outside:
-                return f"{outside[0]} is not selected"
-            inside = [name for name in makers if any(name == own or name.startswith(f"{own}.") for own in ignored)]
-            return f"{inside[0]} is ignored" if inside else None
-
-        widths = tuple(replace(w, frozen=w.frozen or reason(w.makers)) for w in graph.widths)
+        widths = tuple(replace(w, frozen=w.frozen or self.reason(w.makers, modules)) for w in graph.widths)
         blocks = tuple(replace(b, frozen=b.frozen or self._keeps(b, ignored, modules)) for b in graph.blocks)
         return replace(graph, widths=widths, blocks=blocks)
+
+    def reason(self, makers: Sequence[str], modules: Mapping[str, nn.Module]) -> str | None:
+        """Return why layers lie outside of the scope, None if all lie within."""
+        outside = [name for name in makers if not self._selects(name, modules.get(name))]
+        if outside:
+            return f"{outside[0]} is not selected"
+        ignored = self._ignored(modules)
+        inside = [name for name in makers if any(name == own or name.startswith(f"{own}.") for own in ignored)]
+        return f"{inside[0]} is ignored" if inside else None
 
     def _keeps(self, block: Block, ignored: Sequence[str], modules: Mapping[str, nn.Module]) -> str | None:
         """Return why a block stays: all of its layers must be free to leave."""

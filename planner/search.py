@@ -13,7 +13,9 @@ from planner.graph import Graph, trace
 from planner.importance import Importance, magnitude
 from planner.latency import Costs, LatencyTable, Rules
 from planner.limits import ON_CHIP, Amount, Latency, Limits, amount
+from planner.offers import trimmable
 from planner.operations import Choice
+from planner.pools import pays
 from planner.program import Budget, Program
 from planner.resources import Resource
 from planner.scope import Scope
@@ -71,7 +73,7 @@ def problem(
     traced = trace(model, inputs, lossy=scope.lossy)
     if not traced.operations:
         raise PlanError("the model has no convolution or linear layer, so there is nothing to plan")
-    graph, notes = paying(scope.applied(traced, model), profile, scope)
+    graph, notes = paying(trimmable(scope.applied(traced, model), model, profile, scope), profile, scope)
     tables = (table,) if isinstance(table, LatencyTable) else tuple(table or ())
     costs = costs_of(graph, devices or (profile,), tables)
     return Problem(model, graph, profile, scope, costs, notes)
@@ -130,12 +132,14 @@ class Problem:
         return resources.operations(graph) if name == "macs" else resources.activation_bytes(graph, self.profile)
 
     def options(self, *, thrifty: bool = False) -> dict[str, tuple[int, ...]]:
-        """Return the candidates of every width; if `thrifty`, also those that save no time but something else."""
+        """Return what may be kept of every width and trim; if `thrifty`, also what saves no time but something else."""
         found: dict[str, tuple[int, ...]] = {}
         for device in self.devices.values():
             for name, counts in candidates(self.graph, device, self.scope).items():
                 found[name] = tuple(sorted({*found.get(name, ()), *counts}))
-        return found if thrifty else useful(self.graph, list(self.times.values()), found)
+        found |= {trim.name: trim.counts for trim in self.graph.trims}
+        kept = found if thrifty else useful(self.graph, list(self.times.values()), found)
+        return {name: counts for name, counts in kept.items() if name in self.graph.width or len(counts) > 1}
 
     def solve(
         self, latency: Latency | None, limits: Limits | None = None, *, importance: Importance | None = None
@@ -234,6 +238,7 @@ class Solver:
         """Return the plan within the budgets."""
         graph, wanted = self.posed.graph, list(self.limits(latency, limits))
         choice, proof = self._within(wanted, limits.gap)
+        choice = self._untrimmed(choice)
         full = graph.choice(choice.keep, choice.removed)
         time = self.posed.times[self.posed.profile.id]
         costs = self.posed.costs[self.posed.profile.id]
@@ -241,12 +246,33 @@ class Solver:
         document = Document(graph, self.posed.profile, costs, time, self.options, quanta, self.importance)
         fraction = next((w.most / w.dense for w in wanted if w.resource is time), 1.0)
         made = document.written(choice, proof, [own.written(full) for own in wanted], fraction)
-        notes, scope = (*self.posed.notes, *doubts(made)), self.posed.scope
+        notes, scope = (*self.posed.notes, *self._trimmed(full), *doubts(made)), self.posed.scope
         return made.model_copy(update={"lossy": scope.lossy, "forced": scope.force, "tied": self.tied, "notes": notes})
 
+    def _untrimmed(self, choice: Choice) -> Choice:
+        """Return the choice that leaves layers whole which leave with their blocks anyway."""
+        graph = self.posed.graph
+        stay = {own.weight for own in graph.operations if own.present(choice)}
+        whole = {trim.name: trim.size for trim in graph.trims if trim.groups.tensor not in stay}
+        return Choice({name: whole.get(name, count) for name, count in choice.keep.items()}, choice.removed)
+
+    def _trimmed(self, choice: Choice) -> tuple[str, ...]:
+        """Return on what trims rely, and what the table does not know of them."""
+        graph, costs = self.posed.graph, self.posed.costs[self.posed.profile.id]
+        chosen = [trim.groups for trim in graph.trims if choice.keep[trim.name] < trim.size]
+        notes = dict.fromkeys(pays(structure, self.posed.profile, force=True) for structure in chosen)
+        made = (own.under(choice)[0] for own in graph.operations if own.present(choice))
+        names = [own.name for own in made if own.whole and isinstance(costs, LatencyTable) and not costs.knows(own)]
+        scaled = (
+            f"the table has not measured {', '.join(dict.fromkeys(names))} as planned: priced by its cost untrimmed, "
+            "times the ratio of the documented rules"
+        )
+        return (*filter(None, notes), *([scaled] if names else []))
+
     def quantum(self, name: str) -> int:
-        """Return the step of a width on the device that is planned for."""
-        return quantum(self.posed.graph, self.posed.profile, self.posed.graph.width[name])
+        """Return the step of a width on the device that is planned for; trims have none."""
+        width = self.posed.graph.width.get(name)
+        return quantum(self.posed.graph, self.posed.profile, width) if width else 1
 
     def _within(self, wanted: Sequence[Limit], gap: float) -> tuple[Choice, Proof]:
         """Solve; where the program's costs were straight lines, hold the solution to the exact ones."""

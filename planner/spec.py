@@ -52,6 +52,29 @@ class WidthPlan(_Part):
         return self
 
 
+class TrimPlan(_Part):
+    """What becomes of one layer beside its widths: of its inputs, of its kernel's border, or of every M weights."""
+
+    name: str  # the weight, and "channel", "kernel" or "n:m"
+    structure: Literal["channel", "kernel", "nm"]
+    dense: Annotated[int, Field(gt=0)]  # all inputs, all positions of the kernel, or M
+    keep: Annotated[int, Field(gt=0)]
+    considered: tuple[int, ...]
+    losses: tuple[float, ...]  # of each number considered, alone
+    fractions: tuple[float, ...]  # latency of dense with each, all else as planned
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.keep > self.dense:
+            raise ValueError(f"{self.name} keeps {self.keep} of {self.dense}")
+        return self
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer."""
+        return self.name.rpartition(" ")[0].rpartition(".")[0]
+
+
 class BlockPlan(_Part):
     """What becomes of one residual block."""
 
@@ -66,8 +89,10 @@ class Pool(_Part):
     """
 
     name: str
-    structure: Literal["filter", "hidden", "head", "embedding", "depth", "block", "channel", "filter_shape"]
-    members: tuple[str, ...]  # widths, blocks, "width/quantum" of runs of channels, or weights
+    structure: Literal[
+        "filter", "hidden", "head", "embedding", "depth", "block", "channel", "filter_shape", "kernel", "nm"
+    ]
+    members: tuple[str, ...]  # widths, blocks, "width/quantum" of runs, weights, "weight 1x1" of kernels, "weight 2:4"
     weights: tuple[Positive, ...]  # a_j, the same for all groups of a member
     costs: tuple[Positive, ...]  # d_j, the same for all groups of a member
     budget: Annotated[float, Field(ge=0)]
@@ -134,6 +159,7 @@ class Plan(_Part):
     widths: tuple[WidthPlan, ...]
     blocks: tuple[BlockPlan, ...]
     pools: tuple[Pool, ...]
+    trims: tuple[TrimPlan, ...] = ()
     limits: tuple[LimitPlan, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()  # widths that keep the same share of their channels
     strength: Strength = Strength()
@@ -148,9 +174,10 @@ class Plan(_Part):
 
     @property
     def choice(self) -> Choice:
-        """What the plan keeps of the widths that it names, and the blocks that it removes."""
+        """What the plan keeps of the widths and trims that it names, and the blocks that it removes."""
         removed = frozenset(block.name for block in self.blocks if block.removed)
-        return Choice({width.name: width.keep for width in self.widths}, removed)
+        trims = {trim.name: trim.keep for trim in self.trims}
+        return Choice({**{width.name: width.keep for width in self.widths}, **trims}, removed)
 
     @property
     def lossless(self) -> bool:

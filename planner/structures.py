@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from planner.blocks import Block as ResidualBlock
+from planner.operations import cropped
 from planner.widths import Width
 from profiles.errors import PlanError
 
@@ -163,6 +164,34 @@ class FilterShape:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """The positions of a kernel, W[:, :, y, x], from its centre outwards; the first `inner` stay and are no groups."""
+
+    tensor: str
+    size: tuple[int, ...]  # odd along every axis
+    inner: int = 0
+    profile_kind: ClassVar[str] = "kernel_shape"
+    rebuilt_as: ClassVar[str] = "a cropped kernel"
+
+    @property
+    def name(self) -> str:
+        """The weight's name and the kernel that stays."""
+        return f"{self.tensor} {'x'.join(map(str, cropped(self.size, self.inner))) if self.inner else 'kernel'}"
+
+    @property
+    def count(self) -> int:
+        """The number of groups."""
+        return math.prod(self.size) - self.inner
+
+    def maps(self, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (parameter, group ids broadcastable to its shape); -1 marks weights that belong to no group."""
+        places = torch.cartesian_prod(*(torch.arange(size) - size // 2 for size in self.size))
+        away = places.abs().view(math.prod(self.size), -1).amax(1)
+        ids = torch.empty_like(away).index_copy_(0, away.argsort(stable=True), torch.arange(len(away))) - self.inner
+        yield self.tensor, ids.clamp_min(-1).view(1, 1, *self.size)
+
+
+@dataclass(frozen=True)
 class Rows:
     """Runs of `size` rows of named tensors: filters or heads without the graph that says what is tied to them."""
 
@@ -238,7 +267,7 @@ class NM:
         yield self.tensor, order.movedim(-1, 1)
 
 
-Structure = Filter | Block | Channel | FilterShape | Depth | Rows | NM | Weight
+Structure = Filter | Block | Channel | FilterShape | Kernel | Depth | Rows | NM | Weight
 """The closed set of structures; Hidden, Head and Embedding are filters of other layers."""
 
 OF_WIDTH: dict[str, type[Filter]] = {"filter": Filter, "hidden": Hidden, "head": Head, "embedding": Embedding}
@@ -247,3 +276,28 @@ OF_WIDTH: dict[str, type[Filter]] = {"filter": Filter, "hidden": Hidden, "head":
 def of_width(width: Width) -> Filter:
     """Return the structure whose groups are the channels of a width."""
     return OF_WIDTH[width.structure](width)
+
+
+def ranked(structure: Structure, scores: Tensor) -> Tensor:
+    """Return what the first group that is kept adds to a score, the second, and so on.
+
+    The strongest of all come first, of a kernel its centre; of N:M the strongest of each M weights, added up.
+    """
+    if isinstance(structure, Kernel):
+        return scores
+    if isinstance(structure, NM):
+        return scores.view(-1, structure.m).sort(dim=1, descending=True).values.sum(0)
+    return scores.sort(descending=True).values
+
+
+def kept(structure: Structure, scores: Tensor, count: int) -> Tensor:
+    """Return 1 for the groups that stay, those ranked first, and else 0; of N:M `count` of each M stay."""
+    stays = torch.zeros_like(scores)
+    if isinstance(structure, Kernel):
+        stays[:count] = 1
+    elif isinstance(structure, NM):
+        runs = stays.view(-1, structure.m)
+        runs.scatter_(1, scores.view(-1, structure.m).topk(count, dim=1).indices, 1.0)
+    else:
+        stays[scores.topk(count).indices] = 1
+    return stays

@@ -14,8 +14,9 @@ from planner.evaluation import evaluating
 from planner.graph import Graph
 from planner.groups import group
 from planner.importance import Batch, Importance, Loss, mean_loss
+from planner.pools import structures_of
 from planner.spec import Plan
-from planner.structures import Depth, Filter
+from planner.structures import Depth, Filter, kept
 from planner.train import recalibrate_
 
 
@@ -29,9 +30,13 @@ def loss_after(
         if 0 < width.keep < width.dense:
             groups = group([Filter(graph.width[width.name])], masked)
             scores = importance.scores.get(width.name, groups.norms(parameters))
-            kept = torch.zeros_like(scores)
-            kept[scores.topk(width.keep).indices] = 1
-            groups.scale_(parameters, kept.to(groups.structure.device))
+            stays = kept(groups.structures[0], scores, width.keep)
+            groups.scale_(parameters, stays.to(groups.structure.device))
+    for pool in plan.pools:
+        if pool.structure in ("channel", "kernel", "nm"):
+            (structure,) = structures_of(pool, masked, graph)
+            groups = group([structure], masked)
+            groups.scale_(parameters, kept(structure, groups.norms(parameters), int(pool.budget)))
     leaving = [Depth(graph.block[block.name]) for block in plan.blocks if block.removed]
     if leaving:
         groups = group(leaving, masked)

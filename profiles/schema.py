@@ -83,6 +83,21 @@ class Granularity(Cited):
         return (1 - low) * n + low * rounded, (1 - high) * n + high * rounded
 
 
+class Where(Part):
+    """Conditions of a structure that can be checked on a layer."""
+
+    ops: tuple[Op, ...] = ()
+    """Operators for which it holds; all if there are none."""
+    multiples: dict[Axis, Count] = Field(default_factory=dict)
+    """Axes that must be a multiple of a number."""
+    at_least: dict[Axis, Count] = Field(default_factory=dict)
+    """Axes that must be at least so wide."""
+
+    def fits(self, axis: Axis, n: int) -> bool:
+        """Say whether an axis may be so wide."""
+        return n % self.multiples.get(axis, 1) == 0 and n >= self.at_least.get(axis, 1)
+
+
 class Structure(Cited):
     """Whether removing one kind of group makes the runtime faster."""
 
@@ -92,6 +107,8 @@ class Structure(Cited):
     pays: Literal["yes", "no", "conditional", "unknown"]
     requires: tuple[Text, ...] = ()
     """The conditions in words, when it pays only under some."""
+    where: Where | None = None
+    """Those of the conditions that can be checked; without it, only a forced plan relies on the words."""
     speedup: tuple[Positive, Positive] | None = None
     """Lowest and highest dense time over sparse time that were published."""
 
@@ -102,6 +119,8 @@ class Structure(Cited):
                 f"`requires` lists the conditions if and only if pays = 'conditional', not {self.pays!r}; "
                 "correct either"
             )
+        if self.where is not None and not self.requires:
+            raise ValueError("`where` says in numbers what `requires` says in words, which is empty; add it")
         if self.kind == "nm_sparsity" and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.pattern or ""):
             raise ValueError(f"nm_sparsity needs a `pattern`, not {self.pattern!r}; write it like '2:4'")
         if self.speedup is not None and self.speedup[0] > self.speedup[1]:

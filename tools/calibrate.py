@@ -33,6 +33,7 @@ from profiles import Machine, Profile, atomic
 from profiles.errors import BackendUnavailable, PlanError
 from tools.design import Options, design, off_the_grid
 from tools.place import Place, belongs
+from tools.trimming import selecting, with_kernels
 
 Progress = Callable[[str, int, int], None]
 _TOGETHER = 12  # probes timed in turns with the dense network
@@ -257,10 +258,13 @@ def _opened(bench: Bench, choice: Choice, stem: Path, *, times: int = 1) -> list
 
 
 def network(model: nn.Module, graph: Graph, choice: Choice) -> nn.Module:
-    """Return what `model` becomes under a choice that names every width; which channels stay does not matter here."""
+    """Return what `model` becomes under a choice that names every width; which channels stay does not matter here.
+
+    Weights of N:M stay dense, as their zeros make no network smaller.
+    """
     present = {w.name: torch.arange(choice.keep[w.name]) for w in graph.cuttable if choice.keep[w.name] < w.size}
     kept = {name: channels for name, channels in present.items() if graph.width[name].block not in choice.removed}
-    return cut(model, graph, kept, choice.removed)
+    return selecting(cut(with_kernels(model, choice), graph, kept, choice.removed), choice)
 
 
 def random_samples(inputs: tuple[Tensor, ...], profile: Profile) -> Samples:

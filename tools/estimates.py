@@ -169,7 +169,8 @@ def estimated_choices(bench: Bench, wanted: Sequence[Choice], *, progress: Progr
 
 def refined(bench: Bench, table: LatencyTable, choice: Choice) -> tuple[LatencyTable, float]:
     """Compile the network of a plan, and take its operations into the table; return the table and its error before."""
-    full = bench.graph.choice(choice.keep, choice.removed)
+    keep = {name: count for name, count in choice.keep.items() if name in bench.graph.width}  # no trims: none compiled
+    full = bench.graph.choice(keep, choice.removed)
     found = Estimator.of(bench)(full)
     error = table.latency(bench.graph, full) / found.latency_s - 1
     taken = _gathered([found])

@@ -6,9 +6,11 @@ from typing import Any
 from rich.table import Table
 
 from planner import Graph, Plan
-from planner.spec import WidthPlan
+from planner.spec import TrimPlan, WidthPlan
 from planner.structures import of_width
 from profiles.errors import PlanError
+
+KEPT = {"channel": "inputs", "kernel": "positions of its kernel", "nm": "weights that follow each other"}
 
 
 def listed(graph: Graph) -> list[dict[str, Any]]:
@@ -60,15 +62,18 @@ def explained(graph: Graph, name: str) -> dict[str, Any]:
 
 
 def reasons(plan: Plan, name: str) -> list[str]:
-    """Return why a plan keeps what it keeps of the width or block `name`; raises PlanError if it names neither."""
+    """Return why a plan keeps what it keeps of a width, a block or a layer; raises PlanError if it names none."""
     width = next((own for own in plan.widths if own.name == name), None)
     block = next((own for own in plan.blocks if own.name == name), None)
-    if width is None and block is None:
+    trims = [own for own in plan.trims if name in (own.layer, own.name)]
+    if width is None and block is None and not trims:
         known = [*(own.name for own in plan.widths), *(own.name for own in plan.blocks)]
+        known += dict.fromkeys(own.layer for own in plan.trims)
         near = difflib.get_close_matches(name, known, n=3) or known[:5]
         raise PlanError(f"the plan has no width or block {name!r}; near it: {', '.join(near)}")
     told = [f"block {name} {'leaves' if block.removed else 'stays'}"] if block else []
-    return told + (_of_width(plan, width) if width else [])
+    told += _of_width(plan, width) if width else []
+    return told + [line for trim in trims for line in _of_trim(plan, trim)]
 
 
 def _of_width(plan: Plan, width: WidthPlan) -> list[str]:
@@ -76,9 +81,17 @@ def _of_width(plan: Plan, width: WidthPlan) -> list[str]:
     told = [f"{width.structure} {width.name} {kept}; {plan.profile} computes it in steps of {width.quantum}"]
     if next_ := _next_useful(width):
         told.append(next_)
-    rows = zip(width.considered, width.fractions, width.losses, strict=True)
-    for count, fraction, loss in rows:
-        mark = " <- kept" if count == width.keep else ""
+    return told + _considered(plan, width)
+
+
+def _of_trim(plan: Plan, trim: TrimPlan) -> list[str]:
+    return [f"{trim.name} keeps {trim.keep} of {trim.dense} {KEPT[trim.structure]}", *_considered(plan, trim)]
+
+
+def _considered(plan: Plan, part: WidthPlan | TrimPlan) -> list[str]:
+    told = []
+    for count, fraction, loss in zip(part.considered, part.fractions, part.losses, strict=True):
+        mark = " <- kept" if count == part.keep else ""
         told.append(f"  {count:>5}: latency {fraction:.3f} of dense, loss {loss:+.4g} ({plan.importance}){mark}")
     return told
 
@@ -98,6 +111,9 @@ def plan_table(plan: Plan) -> Table:
     for width in plan.widths:
         keep = str(width.keep) if width.keep else "block removed"
         table.add_row(width.name, str(width.dense), keep, " ".join(map(str, width.considered)))
+    for trim in plan.trims:
+        if trim.keep < trim.dense:
+            table.add_row(trim.name, str(trim.dense), str(trim.keep), " ".join(map(str, trim.considered)))
     p = plan.predicted
     seconds = f", {p.latency_s * 1e3:.3f} ms of {p.dense_s * 1e3:.3f} ms" if p.latency_s and p.dense_s else ""
     remedy = "; run calibrate for times" if p.basis == "documented" else ""

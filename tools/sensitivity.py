@@ -17,7 +17,7 @@ _ACROSS = 4  # panels in a row
 def rows(graph: Graph, importance: Importance) -> list[dict[str, str | int | float]]:
     """Return the rise of the loss for each candidate of each width, and for each block that leaves alone."""
     found: list[dict[str, str | int | float]] = [
-        {"group": name, "kind": graph.width[name].structure, "size": graph.width[name].size, "keep": keep, "loss": loss}
+        {"group": name, "kind": graph.part[name].structure, "size": graph.part[name].size, "keep": keep, "loss": loss}
         for name, losses in importance.widths.items()
         for keep, loss in sorted(losses.items())
     ]
@@ -30,8 +30,8 @@ def told(graph: Graph, importance: Importance) -> list[str]:
     """Return the groups by what half of each costs, dearest first, and the blocks by what each costs alone."""
     half = {}
     for name, losses in importance.widths.items():
-        keep = min(losses, key=lambda count: abs(count - graph.width[name].size / 2))
-        half[f"{name}: {keep} of {graph.width[name].size} kept"] = losses[keep]
+        keep = min(losses, key=lambda count: abs(count - graph.part[name].size / 2))
+        half[f"{name}: {keep} of {graph.part[name].size} kept"] = losses[keep]
     half |= {f"block {name} removed": loss for name, loss in importance.blocks.items()}
     return [f"{name}, loss {loss:+.4f}" for name, loss in sorted(half.items(), key=lambda item: -item[1])]
 
@@ -47,7 +47,7 @@ def write(graph: Graph, importance: Importance, path: Path) -> Path:
     figure = Figure(figsize=(3 * _ACROSS, 2 * down), layout="constrained")
     panels = figure.subplots(down, _ACROSS, squeeze=False, sharey=True).reshape(-1)
     for panel, (name, losses) in zip(panels, importance.widths.items(), strict=False):
-        size = graph.width[name].size
+        size = graph.part[name].size
         panel.plot([count / size for count in sorted(losses)], [losses[count] for count in sorted(losses)], marker=".")
         panel.set_title(f"{name} ({size})", fontsize=7, parse_math=False)
         panel.set_xlim(0, 1.02)

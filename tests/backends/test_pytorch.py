@@ -16,8 +16,9 @@ import backends
 from backends.artifact import sha256_of
 from backends.parity import TOLERANCES
 from backends.program import opened_program, saved_program
-from backends.pytorch import options_for
-from backends.semi_structured import is_two_of_four, shape_fits, sparsified_
+from backends.pytorch import _sparse_where_planned, options_for
+from backends.semi_structured import has_two_of_four, is_two_of_four, qualifies, shape_fits, sparsified_
+from profiles import Profile
 from profiles.errors import BackendUnavailable, BuildError
 
 from .nets import IMAGE, profile_of, stripes, trained
@@ -161,6 +162,29 @@ def test_only_shapes_that_the_kernels_take_are_sparsified(
 def test_without_a_layer_that_qualifies_sparse_is_refused() -> None:
     with pytest.raises(BuildError, match="no linear layer has 2:4 weights"):
         sparsified_(nn.Linear(64, 32).half())
+
+
+def test_planned_patterns_are_computed_as_such_where_a_profile_does_not_say() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Linear(64, 32))
+    gpu = profile_of("pytorch", "fp16", kind="gpu")
+
+    def sparse(profile: Profile) -> bool:
+        return _sparse_where_planned(options_for(profile, "fp16"), profile, model).sparse
+
+    assert not qualifies(model, torch.float16)
+    assert not sparse(gpu)
+    with torch.no_grad():
+        model[0].weight[:, ::2] = 0
+        assert has_two_of_four(model, (nn.Conv2d,))
+        assert not has_two_of_four(model, (nn.Linear,))
+        assert not qualifies(model, torch.float16)  # only linear layers are converted
+        model[1].weight[:, 1::4] = 0
+        model[1].weight[:, 2::4] = 0
+    assert qualifies(model, torch.float16)
+    assert not qualifies(model, torch.float32)
+    assert sparse(gpu)
+    assert not sparse(profile_of("pytorch", "fp16", kind="gpu", sparse=False))
+    assert not sparse(profile_of("pytorch", "fp16"))
 
 
 def test_cuda_options_are_refused_elsewhere_and_usual_there() -> None:

@@ -16,7 +16,7 @@ from planner.latency import Entry, LatencyTable
 from planner.scope import Scope
 from planner.structures import Depth, Filter
 from profiles.evidence import Source
-from profiles.schema import Device, Dtype, Peak, Profile, Runtime
+from profiles.schema import Device, Dtype, Peak, Profile, Runtime, Structure
 from tools.examples.resnet import ResNet
 
 PIXELS = (2, 3, 8, 8)
@@ -384,6 +384,21 @@ def anywhere() -> Profile:
             ),
         ),
     )
+
+
+def knowing(**pays: str) -> Profile:
+    """Return that profile with evidence for some kinds of structures, "yes" or "no"; N:M is 2:4."""
+    told = tuple(
+        Structure(
+            kind=kind,  # type: ignore[arg-type]
+            pattern="2:4" if kind == "nm_sparsity" else None,
+            pays=word,  # type: ignore[arg-type]
+            confidence="computed",
+            sources=("nowhere",),
+        )
+        for kind, word in pays.items()
+    )
+    return anywhere().model_copy(update={"structure": told})
 
 
 def table_of(graph: Graph, cost: Mapping[tuple[str, int, int], float], **about: Any) -> LatencyTable:

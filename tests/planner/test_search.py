@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain, combinations, product
@@ -23,6 +23,7 @@ from planner.document import with_global_budget
 from planner.graph import Graph, trace
 from planner.latency import Rules, keys
 from planner.limits import amount
+from planner.offers import trimmable
 from planner.operations import Choice
 from planner.program import Budget, Program
 from planner.resources import Resource, Term
@@ -62,13 +63,17 @@ SEEDS = 400 if LONG else 65  # of each problem: 520 instances
 
 @cache
 def built(name: str) -> tuple[nn.Module, Graph]:
-    """Return the model of a problem and its graph, streams of transformers included."""
+    """Return the model of a problem and its graph with all trims, streams of transformers included."""
     model = PROBLEMS[name]()
-    return model, trace(model, INPUTS, lossy=True)
+    profile = nets.knowing(in_channels="yes", kernel_shape="yes", nm_sparsity="yes")
+    return model, trimmable(trace(model, INPUTS, lossy=True), model, profile, planner.Scope())
 
 
 class Posed:
-    """A random problem: some widths with a few candidates each, some blocks, random costs on two devices and losses."""
+    """A random problem: some widths with a few candidates each, some blocks, random costs on two devices and losses.
+
+    Every second one has trims too, such as inputs and patterns that need a width that is cut.
+    """
 
     def __init__(self, name: str, seed: int) -> None:
         """Draw it."""
@@ -77,23 +82,35 @@ class Posed:
         stay = set(dice.sample([b.name for b in graph.blocks], max(0, len(graph.blocks) - 2)))
         blocks = tuple(replace(b, frozen="stays" if b.name in stay else b.frozen) for b in graph.blocks)
         self.graph = replace(graph, blocks=blocks)
-        chosen = dice.sample(graph.cuttable, min(4, len(graph.cuttable)))
+        chosen = dice.sample(graph.cuttable, min(3 + (seed + 1) % 2, len(graph.cuttable)))
         self.options = {w.name: self._candidates(w.size) for w in graph.cuttable if w in chosen}
+        near = [trim for trim in graph.trims if not trim.needs.keys().isdisjoint(self.options)]
+        other = [trim for trim in graph.trims if not trim.needs]
+        for trim in (*dice.sample(near, min(seed % 2 * 2, len(near))), *dice.sample(other, min(seed % 2, len(other)))):
+            self.options[trim.name] = (dice.choice(trim.counts[:-1]), trim.size)
         free = [block for block in blocks if not block.frozen]
         self.importance = Importance(
             "random",
-            {n: {c: dice.uniform(0, 1) * (c < max(counts)) for c in counts} for n, counts in self.options.items()},
+            {n: self._losses(0.2 if " " in n else 1.0, counts) for n, counts in self.options.items()},
             {block.name: dice.uniform(0, 0.5) for block in free},
             {block.stage: dice.uniform(0, 0.5) for block in free},
         )
-        wanted = keys(graph, self.options)
-        tables = [table_of(graph, {key: dice.uniform(0.2, 1) * 1e-3 for key in wanted}) for _ in range(2)]
+        wanted = trimmed_keys(self.graph, self.options)
+        tables = [table_of(graph, {key: self._cost_s(key[0]) for key in wanted}) for _ in range(2)]
         self.resources = [
             *(resources.time(self.graph, table, f"device {i}") for i, table in enumerate(tables)),
             resources.parameters(self.graph, model),
             resources.activation_bytes(self.graph, nets.anywhere()),
             resources.operations(self.graph),
         ]
+
+    def _losses(self, most: float, counts: Sequence[int]) -> dict[int, float]:
+        return {count: self.dice.uniform(0, most) * (count < max(counts)) for count in counts}
+
+    def _cost_s(self, operation: str) -> float:
+        """Return a time, a shorter one for an operation that is trimmed, so that trims are worth it."""
+        whole = any(operation == own.signature for own in self.graph.operations)
+        return 1e-3 * (self.dice.uniform(0.2, 1) if whole else self.dice.uniform(0.05, 0.3))
 
     def _candidates(self, size: int) -> tuple[int, ...]:
         fewer = self.dice.sample(range(1, size), min(self.dice.choice((1, 2)), size - 1))
@@ -103,10 +120,16 @@ class Posed:
         """Return everything that can be chosen."""
         found = []
         for removed in subsets([block.name for block in self.graph.blocks if not block.frozen]):
-            gone = {name for name in self.options if self.graph.width[name].block in removed}
+            gone = {name for name in self.options if self.graph.part[name].block in removed}
             for counts in product(*(self.options[n] if n not in gone else (0,) for n in self.options)):
                 found.append(Choice(dict(zip(self.options, counts, strict=True)), removed))
-        return found
+        return [own for own in found if self._allowed(own)]
+
+    def _allowed(self, choice: Choice) -> bool:
+        """Say whether what the trims need is there."""
+        full = self.graph.choice(choice.keep, choice.removed).keep
+        trims = [trim for trim in self.graph.trims if full[trim.name] < trim.size]
+        return all(full[name] in {0, *counts} for trim in trims for name, counts in trim.needs.items())
 
     def loss(self, choice: Choice) -> float:
         """Return the loss of a choice, computed without the program."""
@@ -120,12 +143,26 @@ class Posed:
         return np.array([resource.under(self.graph.choice(own.keep, own.removed)) for own in choices])
 
 
+def trimmed_keys(graph: Graph, options: Mapping[str, Sequence[int]]) -> list[tuple[str, int, int]]:
+    """Return every (operation, inputs, outputs) that the options can make of a graph."""
+    found = {}
+    for operation in graph.operations:
+        parts = [*operation.inputs.parts, *operation.outputs.parts]
+        parts += [(trim.name, 1) for trim in graph.trims_of.get(operation.weight, ())]
+        names = [name for name, _ in dict(parts).items() if name in options]
+        for counts in product(*(options[name] for name in names)):
+            made, *widths = operation.under(graph.choice(dict(zip(names, counts, strict=True))))
+            found[made.signature, widths[0], widths[1]] = None
+    return list(found)
+
+
 def subsets(names: Sequence[str]) -> list[frozenset[str]]:
     return [frozenset(chosen) for chosen in chain(*(combinations(names, n) for n in range(len(names) + 1)))]
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_program_finds_the_optimum_of_brute_force(name: str) -> None:
+    trimmed = 0
     for seed in range(SEEDS):
         posed = Posed(name, seed)
         choices = posed.choices()
@@ -154,6 +191,8 @@ def test_the_program_finds_the_optimum_of_brute_force(name: str) -> None:
         assert (proof.status, round(proof.gap, 6)) == ("optimal", 0)
         for resource, most in zip(limited, budgets, strict=True):
             assert posed.needs(resource, [choice])[0] <= most * (1 + 1e-6), (name, seed)
+        trimmed += any(choice.keep[trim.name] < trim.size for trim in posed.graph.trims if trim.name in posed.options)
+    assert trimmed >= SEEDS // 16, "too few of the best plans trim anything"
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -13,7 +13,7 @@ from planner.graph import Graph, trace
 from planner.groups import group
 from planner.pools import Share, flush_, pooled
 from planner.prox import Proximal, Schedule
-from planner.structures import NM, Block, Channel, Depth, Filter, FilterShape, Rows, Structure, Weight
+from planner.structures import NM, Block, Channel, Depth, Filter, FilterShape, Kernel, Rows, Structure, Weight
 from profiles.errors import PlanError
 from tools.examples.resnet import ResNet
 
@@ -41,6 +41,7 @@ CASES = {
     "depth": Case(lambda graph: Depth(graph.block["layer1.0"]), 0),
     "input channel": Case(lambda graph: Channel("layer1.0.conv2.weight", 8), 5),
     "filter shape": Case(lambda graph: FilterShape(CONV, (8, 3, 3)), 30),
+    "border of a kernel": Case(lambda graph: Kernel(CONV, (3, 3), inner=1), 0),
     "single weight": Case(lambda graph: Weight(CONV, 576), 100),
     "2:4": Case(lambda graph: NM(CONV, 576, 2, 4), 2, pools=144),
     "1:8": Case(lambda graph: NM(CONV, 576, 1, 8), 1, pools=72),

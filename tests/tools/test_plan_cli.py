@@ -7,11 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from backends.weights import save
 from planner import Plan
 from profiles.errors import EspalierError
 from tools import cli, sweep
+
+from . import tiny
 
 ROOT = Path(__file__).parents[2]
 MODEL = ("--model", "tests.tools.tiny:model", "--inputs", "1x1x16x16")
@@ -69,6 +74,30 @@ def test_explained_swept_and_planned_again(call: Call) -> None:
     with Path("plan.sweep.csv").open() as file:
         assert [float(row["loss"]) for row in csv.DictReader(file)] == losses
     assert Path("plan.sweep.png").stat().st_size > 1000
+
+
+def test_a_forced_crop_goes_from_plan_to_file(call: Call, tmp_path: Path) -> None:
+    model = tiny.model()
+    with torch.no_grad():  # nothing but the centre matters in one layer
+        centre = model.layer3[0].conv2.weight[..., 1:2, 1:2].clone()
+        model.layer3[0].conv2.weight.mul_(0.01)[..., 1:2, 1:2] = centre
+    save(model, tmp_path / "dense.safetensors")
+    net, layer = ("--model", "tests.tools.tiny:model"), "layer3.0.conv2"
+    source = ("--data", "tests.tools.tiny:data", "--weights", "dense.safetensors")
+    forced = ("--force", "--op-names", layer, "--latency", "0.97", "--importance", "magnitude")
+    done = call("plan", *net, *source, "--profile", X86, *forced, "--explain", layer)
+    assert done.exit_code == 0, done.output
+    assert f"{layer}.weight kernel keeps 1 of 9 positions of its kernel" in done.output
+    assert f"whether cutting kernel_shape pays on {X86} is not known" in " ".join(done.output.split())
+    plan = Plan.load("plan.json")
+    assert [(own.name, own.structure, own.budget) for own in plan.pools] == [(f"{layer}.weight 1x1", "kernel", 0.0)]
+    assert call("train", *net, *source, "--epochs", 1).exit_code == 0
+    assert call("rebuild", *net, "--weights", "sparse.safetensors").exit_code == 0
+    assert load_file("small.safetensors")[f"{layer}.weight"].shape == (64, 64, 1, 1)
+    small = ("--plan", "plan.json", "--weights", "small.safetensors", "--out", "small.onnx")
+    built = call("compile", *net, *small, "--json")
+    assert built.exit_code == 0, built.output
+    assert json.loads(built.stdout)["parity"]["max_rel"] <= 1e-4
 
 
 REFUSED = {
