@@ -120,6 +120,11 @@ class Problem:
         """The profiles of the devices."""
         return {own: self.profile if own == self.profile.id else profile_of(own) for own in self.costs}
 
+    def with_tables(self, tables: Sequence[LatencyTable]) -> "Problem":
+        """Return the same problem with other costs."""
+        costs = costs_of(self.graph, list(self.devices.values()), tables)
+        return Problem(self.model, self.graph, self.profile, self.scope, costs, self.notes)
+
     def resource(self, name: str) -> Resource:
         """Return a resource that `Limits` names."""
         graph = self.graph
