@@ -1,6 +1,7 @@
 """What to keep: graph, groups, costs, search, WGSEF and training."""
 
 from planner import envelope
+from planner.agreement import Agreement
 from planner.document import with_global_budget
 from planner.graph import Graph, trace
 from planner.groups import Groups, group
@@ -17,6 +18,7 @@ from planner.tournament import loss_after
 from planner.train import Moment, Recipe, accuracy, fit, history, recalibrate_
 
 __all__ = [
+    "Agreement",
     "Block",
     "Channel",
     "Depth",

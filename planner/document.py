@@ -112,11 +112,11 @@ class Document:
 
 
 def _marginal(counts: Sequence[int], seconds: Sequence[float], kept: int) -> float:
-    """Return what each channel of the step above those kept costs: the channels of one step share its cost."""
-    if kept not in counts or kept == counts[-1]:
+    """Return what each channel of a step costs, as they share its cost: the step above those kept, or the last one."""
+    if kept not in counts or len(counts) < 2:
         return 0.0
-    at = counts.index(kept)
-    return max(0.0, seconds[at + 1] - seconds[at]) / (counts[at + 1] - kept)
+    at = min(counts.index(kept), len(counts) - 2)
+    return max(0.0, seconds[at + 1] - seconds[at]) / (counts[at + 1] - counts[at])
 
 
 def per_width_pools(widths: Sequence[WidthPlan], blocks: Sequence[BlockPlan]) -> tuple[Pool, ...]:
@@ -134,26 +134,37 @@ def per_width_pools(widths: Sequence[WidthPlan], blocks: Sequence[BlockPlan]) ->
     return (*narrowed, *leaving)
 
 
-def with_global_budget(plan: Plan, model: nn.Module) -> Plan:
-    """Return the plan with one pool over all narrowed widths instead of one each: costs in seconds, one budget.
+def with_global_budget(plan: Plan, model: nn.Module, *, power: Mapping[str, float] | None = None) -> Plan:
+    """Return the plan with one pool over all widths instead of one each: costs in seconds, one budget.
 
     How many channels each width keeps is then decided in training. a_j is the mean squared norm of a width's channels,
-    so that x_j²/(a_j d_j) compares channels of different layers; the largest is 1. Widths that cost no time keep
-    their own pools.
+    in `model` unless `power` states it, so that x_j²/(a_j d_j) compares channels of different layers; the largest is 1.
+    Widths that cost no time keep their own pools.
     """
-    graph = plan.graph(model)
-    narrowed = [w for w in plan.widths if 0 < w.keep < w.dense and w.cost_s > 0]
-    if not narrowed:
+    shared = [w for w in plan.widths if w.keep and w.cost_s > 0]
+    if not shares(plan):
         raise PlanError("the plan narrows no width that costs time, so there is nothing to share a budget")
-    norms = group([Filter(graph.width[w.name]) for w in narrowed], model).norms(dict(model.named_parameters()))
-    power = [float(part.square().mean()) for part in torch.split(norms, [w.dense for w in narrowed])]
+    power = power or powers(plan.graph(model), model)
+    most = max(power[w.name] for w in shared)
     pool = Pool(
         name="global",
         structure="filter",
-        members=tuple(w.name for w in narrowed),
-        weights=tuple(max(value / max(power), 1e-6) for value in power),
-        costs=tuple(w.cost_s for w in narrowed),
-        budget=sum(w.keep * w.cost_s for w in narrowed),
+        members=tuple(w.name for w in shared),
+        weights=tuple(max(power[w.name] / most, 1e-6) for w in shared),
+        costs=tuple(w.cost_s for w in shared),
+        budget=sum(w.keep * w.cost_s for w in shared),
     )
     others = tuple(own for own in plan.pools if own.structure == "depth" or own.name not in pool.members)
     return plan.model_copy(update={"pools": (pool, *others)})
+
+
+def shares(plan: Plan) -> bool:
+    """Return whether there is anything to share a budget: a width that is narrowed and costs time."""
+    return any(0 < w.keep < w.dense and w.cost_s > 0 for w in plan.widths)
+
+
+def powers(graph: Graph, model: nn.Module) -> dict[str, float]:
+    """Return the mean squared norm of the channels of every width."""
+    norms = group([Filter(width) for width in graph.cuttable], model).norms(dict(model.named_parameters()))
+    parts = torch.split(norms, [width.size for width in graph.cuttable])
+    return {w.name: float(part.square().mean()) for w, part in zip(graph.cuttable, parts, strict=True)}

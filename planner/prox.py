@@ -1,7 +1,7 @@
 """`attach(plan, model, optimizer)`: the WGSEF proximal step after every optimizer step, ending on the budget."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,20 +96,26 @@ class Proximal:
         self.taken = 0
         self.schedule = schedule
         self.changed_at_freeze = 0
+        self.before_freeze: Callable[[], None] = lambda: None  # the last time to `adopt` other pools
         self._replicas = replicas(model)
-        self._state = state
         self._model = unwrapped(model)
         self._parameters = dict(self._model.named_parameters())
         self._debiased = debiased
-        self._metric = None if optimizer is None else Metric(optimizer, state, self._parameters)
+        self._optimizer = optimizer
         self._elementwise = elementwise
+        self._kept: Tensor | None = None
+        self._skipped = torch.zeros((), dtype=torch.int64, device=state.d.device)
+        self.adopt(state)
+
+    def adopt(self, state: Pools) -> None:
+        """Go on with other pools, weights, costs and budgets: the weights stay as they are, the schedule goes on."""
+        self._state = state
+        self._metric = None if self._optimizer is None else Metric(self._optimizer, state, self._parameters)
         self._full = state.costs(torch.ones_like(state.pool, dtype=torch.bool))
         self._a, self._d = _alike(state.a), _alike(state.d)
         self._pool = None if len(state.k) == 1 else state.pool
         self._layout = state.layout
         self._norms = torch.zeros(state.groups.count + 1, device=state.d.device)  # kept: a new one costs page faults
-        self._kept: Tensor | None = None
-        self._skipped = torch.zeros((), dtype=torch.int64, device=state.d.device)
 
     @property
     def frozen(self) -> bool:
@@ -170,9 +176,10 @@ class Proximal:
     def _freeze(self) -> None:
         if self.skipped:
             log.warning("%d proximal steps were left out: weights were not finite", self.skipped)
-        norms = self._state.groups.norms(self._parameters)
-        if not norms.isfinite().all():
+        if not self._state.groups.norms(self._parameters).isfinite().all():
             raise self._diverged()
+        self.before_freeze()
+        norms = self._state.groups.norms(self._parameters)
         self._kept = first_(self._state.select(norms).to(torch.uint8), self._replicas).bool()
         self.changed_at_freeze = _keep_(self._state, self._model, norms, self._kept)
         log.info("support fixed at step %d, %d groups set to zero", self.taken, self.changed_at_freeze)

@@ -122,6 +122,11 @@ class Problem:
         """The profiles of the devices."""
         return {own: self.profile if own == self.profile.id else profile_of(own) for own in self.costs}
 
+    def with_tables(self, tables: Sequence[LatencyTable]) -> "Problem":
+        """Return the same problem with other costs."""
+        costs = costs_of(self.graph, list(self.devices.values()), tables)
+        return Problem(self.model, self.graph, self.profile, self.scope, costs, self.notes)
+
     def resource(self, name: str) -> Resource:
         """Return a resource that `Limits` names."""
         graph = self.graph
@@ -304,9 +309,12 @@ class Solver:
             if own.most < floor * (1 - 1e-9):
                 what = "latency" if own.resource.unit == "s" else own.resource.name
                 where = f" on {own.resource.name}" if own.resource.unit == "s" and len(self.posed.costs) > 1 else ""
+                remedy = f"raise --{what.replace('_', '-')}"
+                if own.resource.unit == "s" and floor > (1 - _WORTH) * own.dense:
+                    remedy = f"no cut that is allowed gains {_WORTH:.0%} on {own.resource.name}: name another profile"
                 return (
                     f"{what} budget {own.shown(own.most)}{where} is below the floor {own.shown(floor)} that this model "
-                    f"can reach; raise --{what.replace('_', '-')}"
+                    f"can reach; {remedy}"
                 )
         names = ", ".join(f"{own.resource.name} {own.shown(own.most)}" for own in wanted)
         return f"each of the budgets can be met alone, but not together: {names}; raise one of them"

@@ -40,7 +40,7 @@ class WidthPlan(_Part):
     considered: tuple[int, ...]
     structure: Literal["filter", "hidden", "head", "embedding"] = "filter"
     lossless: bool = True  # removing channels whose weights are zero changes no output
-    cost_s: Annotated[float, Field(ge=0)]  # what one more channel would cost: its share of the next step of the device
+    cost_s: Annotated[float, Field(ge=0)]  # of a channel: its share of the device's next step, or of the last
     quantum: Annotated[int, Field(gt=0)] = 1  # the step of the device for all layers that the width touches
     losses: tuple[float, ...] = ()  # of each candidate considered, alone
     fractions: tuple[float, ...] = ()  # latency of dense with each candidate, all else as planned

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
+from planner.agreement import Agreement
 from planner.evaluation import evaluating
 from planner.importance import Loss
 from planner.parallel import unwrapped
@@ -84,6 +85,7 @@ class _Run:
     forward: nn.Module  # the model, or what wraps it
     optimizer: SGD
     proximal: Proximal | None
+    agreement: Agreement | None
     steps: int
     history: list[Moment]
     epoch: int = 0
@@ -94,12 +96,14 @@ def fit(
     train: Batches,
     recipe: Recipe,
     *,
-    plan: Plan | None = None,
+    plan: Plan | Agreement | None = None,
     checkpoint: Path | None = None,
     watch: Callable[[Moment], None] | None = None,
     loss: Loss = cross_entropy,
 ) -> list[Moment]:
     """Train `model` in place, with the proximal steps of `plan` if given, and return the history.
+
+    With an Agreement, its plan is made again on the way, and is its `plan` at the end.
 
     With `checkpoint`, the state is saved after every epoch; the same call with the same recipe and plan continues it,
     to the same bits on a CPU. It holds torch's random state, for dropout, but not that of numpy or of Python's random.
@@ -110,9 +114,12 @@ def fit(
         model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
     )
     shrinking = max(1, round(steps * recipe.sparse_fraction))
-    proximal = attach(plan, model, optimizer, steps=shrinking) if plan else None
-    run = _Run(unwrapped(model), model, optimizer, proximal, steps, [])
+    agreement = plan if isinstance(plan, Agreement) else None
     identity = _identity(recipe, plan, len(train))
+    proximal = attach(plan, model, optimizer, steps=shrinking) if isinstance(plan, Plan) else None
+    if agreement is not None:
+        proximal = agreement.attach(model, optimizer, steps=shrinking)
+    run = _Run(unwrapped(model), model, optimizer, proximal, agreement, steps, [])
     if checkpoint is not None and checkpoint.exists():
         _restore(run, checkpoint, identity)
     while run.epoch < recipe.epochs:
@@ -121,6 +128,8 @@ def fit(
             if watch:
                 watch(moment)
         run.epoch += 1
+        if agreement is not None:
+            agreement.after_epoch()
         if checkpoint is not None:
             _save(run, checkpoint, identity)
     return run.history
@@ -159,9 +168,10 @@ def _moment(run: _Run, step: int, per_epoch: int, loss: float) -> Moment:
     return Moment(step, run.steps, step / per_epoch, loss, proximal.nonzero(), proximal.budget_groups, phase)
 
 
-def _identity(recipe: Recipe, plan: Plan | None, batches: int) -> str:
+def _identity(recipe: Recipe, plan: Plan | Agreement | None, batches: int) -> str:
     """Return a digest of what must agree for a checkpoint to be continued."""
-    content = json.dumps([asdict(recipe), plan.sha256 if plan else None, batches])
+    made = f"{plan.first.sha256} {plan.every}" if isinstance(plan, Agreement) else plan.sha256 if plan else None
+    content = json.dumps([asdict(recipe), made, batches])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -175,6 +185,7 @@ def _save(run: _Run, path: Path, identity: str) -> None:
         tensors |= {f"proximal.{name}": tensor for name, tensor in run.proximal.state_dict().items()}
     tensors |= {f"random.{device}": state for device, state in _random_states().items()}
     about = {"identity": identity, "epoch": str(run.epoch), "history": json.dumps([asdict(m) for m in run.history])}
+    about["agreement"] = run.agreement.state() if run.agreement else ""
     with atomic.replacing(path) as temporary:
         save_file(tensors, temporary, about)
 
@@ -191,7 +202,10 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
             about = file.metadata() or {}
-            return {name: about[name] for name in ("identity", "epoch", "history")}, tensors
+            return {
+                **{name: about[name] for name in ("identity", "epoch", "history")},
+                "agreement": about.get("agreement", ""),
+            }, tensors
     except Exception as error:
         raise PlanError(f"{path} is not a whole checkpoint ({error!r}); remove it to train from the start") from error
 
@@ -210,6 +224,8 @@ def _restore(run: _Run, path: Path, identity: str) -> None:
         if name in momentum:
             buffer = torch.empty_like(parameter).copy_(momentum[name])
             run.optimizer.state[parameter]["momentum_buffer"] = buffer
+    if run.agreement is not None:
+        run.agreement.restore(about["agreement"])
     if run.proximal is not None:
         run.proximal.load_state_dict(_part(tensors, "proximal."))
     _set_random_states(_part(tensors, "random."))

@@ -221,6 +221,10 @@ def run(
     lr: Rate = 0.02,
     dense_epochs: Annotated[int, typer.Option(min=0, help="train the dense model first")] = 0,
     max_drop: Annotated[float, typer.Option(min=0, max=1, help="accuracy that may be lost, else exit 1")] = 0.01,
+    global_budget: Annotated[
+        bool, typer.Option("--global-budget", help="one budget over all widths, shared out anew as training goes on")
+    ] = False,
+    every: Annotated[int, typer.Option("--every", min=1, help="epochs until it is shared out anew")] = 2,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="autocast training to bfloat16")] = False,
     weights: Weights = None,
     fresh: Fresh = False,
@@ -231,7 +235,9 @@ def run(
 
     recipe = Recipe(epochs, lr=lr, bfloat16=bfloat16)
     dense = Recipe(dense_epochs, bfloat16=bfloat16) if dense_epochs else None
-    _execute(Job(model, data, profile, latency, recipe, out, weights, dense, max_drop, scope=scope), fresh, as_json)
+    again = every if global_budget else 0
+    job = Job(model, data, profile, latency, recipe, out, weights, dense, max_drop, resolve_every=again, scope=scope)
+    _execute(job, fresh, as_json)
 
 
 @app.command()
@@ -259,6 +265,8 @@ def _execute(job: Any, fresh: bool, as_json: bool) -> None:
     outcome = execute(job, Stage(console))
     _print(as_json, outcome.model_dump(mode="json"), reporting.table(outcome))
     if not as_json:
+        for line in reporting.way(outcome):
+            out_console.print(line, highlight=False, markup=False)
         for verdict in outcome.verdicts:
             mark = "[green]yes[/]" if verdict.ok else "[bold red]NO[/]"
             out_console.print(f"{mark}  {verdict.what}: {verdict.detail}", highlight=False)

@@ -79,6 +79,27 @@ class Step(Plain):
     phase: Literal["dense", "sparse", "finetune"]
 
 
+class Try(Plain):
+    """One planned network that was built and measured before training, in fractions of the dense latency.
+
+    Where `predicted` was too far off, the table was `corrected` by it; `changes` is what that plan keeps differently
+    from the one before.
+    """
+
+    budget: float
+    predicted: float
+    measured: float
+    corrected: bool
+    changes: list[str]
+
+    @property
+    def told(self) -> str:
+        """It in one line."""
+        then = "; table corrected, planned again" if self.corrected else ""
+        shares = f"budget {self.budget:.3f}, predicted {self.predicted:.3f}, measured {self.measured:.3f} of dense"
+        return f"{shares} ({self.measured / self.predicted - 1:+.1%}){then}"
+
+
 class Verdict(Plain):
     """One claim that was checked."""
 
@@ -90,7 +111,8 @@ class Verdict(Plain):
 class Outcome(Plain):
     """Everything that a report says.
 
-    `trust` says what the predictions rest on, and their expected error. `equivalence` is the largest relative error
+    `trust` says what the predictions rest on, and their expected error; `tries` are the planned networks that were
+    measured on the way to the plan, `notes` what the plan notes. `equivalence` is the largest relative error
     between the masked and the rebuilt model, `parity` that between the rebuilt model in PyTorch and in each runtime.
     """
 
@@ -105,6 +127,8 @@ class Outcome(Plain):
     accuracy: Accuracy
     rows: list[Row]
     widths: list[WidthRow]
+    tries: list[Try] = []
+    notes: list[str] = []
     history: list[Step]
     equivalence: float
     parity: dict[str, float]

@@ -15,7 +15,7 @@ from backends.equivalence import proven
 from backends.rebuild import rebuild
 from backends.registry import known
 from backends.weights import save
-from planner import LatencyTable, Moment, Plan, Recipe, Scope
+from planner import Agreement, LatencyTable, Moment, Plan, Recipe, Scope
 from planner.search import doubts
 from profiles import Profile, atomic
 from profiles.errors import BuildError, EspalierError, PlanError, ProfileError
@@ -25,7 +25,7 @@ from tools.calibrate import Bench, bench, by_compiler, calibrate
 from tools.console import Stage
 from tools.contenders import Contender, built, narrowed, rows, runtimes, timed, uniform
 from tools.outcome import Accuracy, Interval, Outcome, Step, Verdict, WidthRow
-from tools.planning import Brief, contest, sensitivity, settled
+from tools.planning import Brief, Settling, contest, sensitivity
 from tools.sources import example_inputs, load_data, load_model
 from tools.threads import fastest, one_thread
 
@@ -46,6 +46,7 @@ class Job:
     dense: Recipe | None = None  # train the dense model first
     max_drop: float = 0.01  # of accuracy
     seconds: float = 1.0  # of measurement per model and runtime
+    resolve_every: int = 0  # epochs after which one budget over all widths is shared out anew; 0: a budget each
     scope: Scope = field(default_factory=Scope)
 
     @property
@@ -97,7 +98,7 @@ class Run:
         """The model on the profile's runtime."""
         return bench(self.dense, self.inputs, self.profile)
 
-    def _fit(self, model: nn.Module, recipe: Recipe, name: str, plan: Plan | None) -> list[Moment]:
+    def _fit(self, model: nn.Module, recipe: Recipe, name: str, plan: Plan | Agreement | None) -> list[Moment]:
         title = "train dense" if plan is None else "train with WGSEF"
         with self.stage.phase(title) as phase:
 
@@ -119,21 +120,24 @@ class Run:
         table.save(path)
         return table
 
-    def plan(self, table: LatencyTable) -> tuple[Plan, LatencyTable]:
-        """Plan, or reuse the plan; the table is the one that it was made with."""
-        path = self.job.out / "plan.json"
-        if path.exists():
-            return Plan.load(path), table
+    @cached_property
+    def settling(self) -> Settling:
+        """What makes plans, and measures what they say."""
         brief = Brief(self.dense, self.inputs, self.profile, self.job.latency, self.data.train, self.job.scope)
-        posed = brief.problem(table)
-        importance = contest(brief, posed, sensitivity(brief, posed, self.stage), self.stage)
-        plan, table = settled(brief, self.bench, table, importance, self.stage)
+        return Settling(brief, self.bench, self.table(), self.stage, self.job.out)
+
+    def plan(self) -> Plan:
+        """Plan, or reuse the plan."""
+        path = self.job.out / ("plan.first.json" if self.job.resolve_every else "plan.json")
+        if path.exists():
+            return Plan.load(path)
+        brief, posed = self.settling.brief, self.settling.posed
+        plan = self.settling.plan(contest(brief, posed, sensitivity(brief, posed, self.stage), self.stage))
         if not self.job.scope.force:
             for doubt in doubts(plan):
                 raise PlanError(f"{doubt}; ask for less latency, or add --force to train it anyway")
-        table.save(self.job.out / "table.json")
         plan.save(path)
-        return plan, table
+        return plan
 
 
 def chosen(profile: str | None) -> Profile:
@@ -162,7 +166,17 @@ def begin(job: Job) -> None:
 
 
 _FILES = (
-    *("run.json", "table.json", "plan.json", "measurements.json", "timings.json", "verdict.json", "report.html"),
+    *(
+        "run.json",
+        "table.json",
+        "plan.json",
+        "plan.first.json",
+        "tries.json",
+        "measurements.json",
+        "timings.json",
+        "verdict.json",
+        "report.html",
+    ),
     *("dense.training.safetensors", "sparse.training.safetensors", "sparse.safetensors"),
 )
 
@@ -205,9 +219,8 @@ def _execute(run: Run) -> Outcome:
         )
     run.stage.say(_why(run.profile))
     dense = run.dense
-    plan, table = run.plan(run.table())
-    model = _trained(run, plan)
-    return _finish(run, plan, table, model, planner.accuracy(dense, run.data.test))
+    plan, model = _trained(run, run.plan())
+    return _finish(run, plan, model, planner.accuracy(dense, run.data.test))
 
 
 def _why(profile: Profile) -> str:
@@ -217,18 +230,25 @@ def _why(profile: Profile) -> str:
         return "named on the command line"
 
 
-def _trained(run: Run, plan: Plan) -> nn.Module:
-    """Return the model with exact zeros where the plan wants them."""
+def _trained(run: Run, plan: Plan) -> tuple[Plan, nn.Module]:
+    """Return the model with exact zeros where the plan wants them, and that plan, which training may have changed."""
     model = load_model(run.job.model)
     model.load_state_dict(run.dense.state_dict())
-    run._fit(model, run.job.recipe, "sparse", plan)
+    if run.job.resolve_every:
+        graph, again = run.settling.posed.graph, run.settling.again
+        agreement = Agreement(graph, plan, again, every=run.job.resolve_every)
+        run._fit(model, run.job.recipe, "sparse", agreement)
+        plan = agreement.plan
+        plan.save(run.job.out / "plan.json")
+    else:
+        run._fit(model, run.job.recipe, "sparse", plan)
     save(model, run.job.out / "sparse.safetensors")
-    return model
+    return plan, model
 
 
-def _finish(run: Run, plan: Plan, table: LatencyTable, model: nn.Module, dense_accuracy: float) -> Outcome:
+def _finish(run: Run, plan: Plan, model: nn.Module, dense_accuracy: float) -> Outcome:
     """Rebuild, compile, measure, and write everything down."""
-    job, stage, graph = run.job, run.stage, run.bench.graph
+    job, stage, graph, table = run.job, run.stage, run.bench.graph, run.settling.table
     with stage.phase("rebuild and check"):
         small = rebuild(plan, model)
         error = proven(plan.graph(model), model, small, cases=4, exact=plan.lossless)
@@ -258,6 +278,8 @@ def _finish(run: Run, plan: Plan, table: LatencyTable, model: nn.Module, dense_a
         accuracy=accuracy,
         rows=table_rows,
         widths=_widths(plan),
+        tries=run.settling.tries,
+        notes=list(plan.notes),
         history=_history(job),
         equivalence=error,
         parity={name: artifacts["espalier", name].parity.max_rel for name in names},

@@ -16,20 +16,22 @@ from torch.nn.functional import cross_entropy
 import planner
 from planner import Graph, Importance, LatencyTable, Limits, Plan, Problem, Scope
 from planner.importance import Batch, questions
+from planner.latency import forecast
 from planner.limits import Latency
 from planner.search import Tables, devices_of
 from planner.train import Batches
 from profiles import Profile, atomic
 from profiles.errors import PlanError
-from tools.calibrate import Bench, refined
+from tools.calibrate import Bench, Progress, refined
 from tools.console import Stage
+from tools.outcome import Try
 from tools.scoping import RANKINGS
 from tools.threads import fastest, one_thread
 
 SENSITIVITY_IMAGES = 384
 DEPTH_PRICES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # factors of γ whose plans are held against each other
 CLOSE = 0.02  # a plan whose network is predicted within this needs no further refinement
-REFINEMENTS = 3  # how often the table may be refined by measuring the planned network
+REPLANS = 3  # how often a plan may be made again because its network took longer, or less, than planned
 SAVE_EVERY_S = 2.0
 
 
@@ -150,9 +152,8 @@ def contest(brief: Brief, posed: Problem, importance: Importance, stage: Stage) 
         for index, price in enumerate(DEPTH_PRICES):
             priced = importance.with_depth_priced(price)
             plan = posed.solve(brief.latency, brief.limits, importance=priced)
-            key = json.dumps([dict(plan.choice.keep), sorted(plan.choice.removed)])
-            if key not in seen:
-                seen.add(key)
+            if _key(plan) not in seen:
+                seen.add(_key(plan))
                 loss = planner.loss_after(brief.model, posed.graph, plan, importance, brief.batches, loss=cross_entropy)
                 if loss < least:
                     best, least = priced, loss
@@ -160,16 +161,76 @@ def contest(brief: Brief, posed: Problem, importance: Importance, stage: Stage) 
     return best
 
 
-def settled(
-    brief: Brief, bench: Bench, table: LatencyTable, importance: Importance, stage: Stage
-) -> tuple[Plan, LatencyTable]:
-    """Plan, measure the planned network, and plan again while the table is off there."""
-    with stage.phase("plan") as phase, one_thread():
-        for _ in range(REFINEMENTS):
-            plan = brief.problem(table).solve(brief.latency, brief.limits, importance=importance)
-            better, error = refined(bench, table, plan.choice, progress=phase.step)
-            phase.note(f"the table was off by {error:+.1%} on the planned network")
-            if abs(error) < CLOSE:
-                return plan, table
-            table = better
-        return brief.problem(table).solve(brief.latency, brief.limits, importance=importance), table
+@dataclass
+class Settling:
+    """Plans whose networks are built and measured before any training; the table learns from each that it was off on.
+
+    `folder` holds the table and all tries as soon as they are known.
+    """
+
+    brief: Brief
+    bench: Bench
+    table: LatencyTable
+    stage: Stage
+    folder: Path
+    tries: list[Try] = field(default_factory=list)
+    _known: dict[str, float] = field(default_factory=dict)  # measured fractions, by what is kept
+    _last: Plan | None = None
+
+    def __post_init__(self) -> None:
+        self.posed = self.brief.problem(self.table)
+        path = self.folder / "tries.json"
+        if path.exists():
+            self.tries += [Try.model_validate(own) for own in json.loads(path.read_text())]
+
+    def plan(self, importance: Importance) -> Plan:
+        """Plan, measure the planned network, and plan again while the table is off there, at most three times.
+
+        If none came close, it is the plan that exceeds its budget least, and then the one that loses least.
+        """
+        with self.stage.phase("plan") as phase, one_thread():
+            return self._plan(importance, phase.step)
+
+    def again(self, importance: Importance) -> Plan:
+        """Do the same within another phase, whose bar stays."""
+        with one_thread():
+            return self._plan(importance, lambda *_: None)
+
+    def _plan(self, importance: Importance, progress: Progress) -> Plan:
+        found: list[tuple[float, float, Plan]] = []
+        while True:
+            plan = self.posed.solve(self.brief.latency, self.brief.limits, importance=importance)
+            known = _key(plan) in self._known
+            error = 0.0 if known else self._measured(plan, progress, corrects=len(found) < REPLANS)
+            over = self._known[_key(plan)] / plan.target_fraction - 1
+            found.append((max(0.0, over - CLOSE), plan.proof.objective, plan))
+            if known or abs(error) < CLOSE or len(found) > REPLANS:
+                best = min(found, key=lambda own: own[:2])[2]
+                said = forecast(self.posed.costs[best.profile], self.posed.graph, best.choice)
+                return best.model_copy(update={"predicted": said})
+
+    def _measured(self, plan: Plan, progress: Progress, *, corrects: bool) -> float:
+        """Measure the network of a plan, note the try, and return the error of its prediction."""
+        better, error = refined(self.bench, self.table, plan.choice, progress=progress)
+        measured, off = better.probes[-1].relative, abs(error) >= CLOSE
+        changes = self._last.diff(plan) if self._last else ()
+        self.tries.append(
+            Try(
+                budget=plan.target_fraction,
+                predicted=plan.predicted.fraction,
+                measured=measured,
+                corrected=off and corrects,
+                changes=list(changes),
+            )
+        )
+        self._known[_key(plan)], self._last = measured, plan
+        if off:
+            self.table, self.posed = better, self.posed.with_tables([better])
+            better.save(self.folder / "table.json")
+        content = [own.model_dump(mode="json") for own in self.tries]
+        atomic.write_text(self.folder / "tries.json", json.dumps(content, indent=1) + "\n")
+        return error
+
+
+def _key(plan: Plan) -> str:
+    return json.dumps([dict(plan.choice.keep), sorted(plan.choice.removed)])

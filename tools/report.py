@@ -51,6 +51,7 @@ def render(outcome: Outcome, *, table: LatencyTable | None = None) -> str:
         colours=figures.COLOURS,
         steps=list(zip(figures.elapsed(history), history, strict=True)),
         thinning=thinning,
+        way=way(outcome),
     )
 
 
@@ -73,6 +74,12 @@ def table(outcome: Outcome) -> Table:
         cells = (Text("\n".join(column).rstrip("\n")) for column in columns)
         shown.add_row(*cells, style="bold" if row.label == "espalier" else None)
     return shown
+
+
+def way(outcome: Outcome) -> list[str]:
+    """How the plan came about: the networks that were measured on the way, and what the plan notes."""
+    tries = [f"plan {number}: {own.told}" for number, own in enumerate(outcome.tries, start=1)]
+    return [*tries, *(f"note: {note}" for note in outcome.notes)]
 
 
 def markdown(outcome: Outcome) -> str:

@@ -1,9 +1,10 @@
 """What people prune with today, given the planner's own latency table and importance: widths within a budget.
 
-Each rival returns numbers of channels, and is scored as if it had kept the best channels of each width; residual blocks
-stay. *Uniform* narrows every width by one ratio. *GroupNorm* is torch-pruning's global ranking of group norms, with and
-without rounding. *Greedy* is a latency-saliency knapsack in the way of HALP (Shen et al. 2022): again and again the run
-of channels, down to the device's next step, that loses the least saliency for the latency that it frees.
+Each rival returns numbers of channels, and is scored as if it had kept the best channels of each width; none of them
+removes residual blocks, as the planner may: a block that leaves keeps nothing of the weights inside it. *Uniform*
+narrows every width by one ratio. *GroupNorm* is torch-pruning's global ranking of group norms, with and without
+rounding. *Greedy* is a latency-saliency knapsack in the way of HALP (Shen et al. 2022): again and again the run of
+channels, down to the device's next step, that loses the least saliency for the latency that it frees.
 """
 
 import copy
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from planner import Graph, Importance, Problem
 from planner.groups import group
+from planner.operations import Choice
 from planner.resources import Resource, Term, widths_of
 from planner.structures import Filter
 
@@ -29,44 +31,67 @@ Keep = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Judge:
-    """The importance and the latency of any widths, from what the planner itself goes by."""
+    """The importance and the latency of any network, from what the planner itself goes by.
+
+    Importance is the mean over widths of the share of the squared norm that is kept: of the best n
+    channels, and of those what lies in blocks that stay. It is the same for all who are judged.
+    """
 
     graph: Graph
     time: Resource
-    kept: Mapping[str, NDArray[np.float64]]  # of each width, the importance that its best n channels keep, n from 0
+    kept: Mapping[str, NDArray[np.float64]]  # of each width, the share that its best n channels keep, n from 0
+    inside: Mapping[str, Mapping[str, NDArray[np.float64]]]  # the part of that which lies in a block, by block
 
     @classmethod
     def of(cls, posed: Problem) -> "Judge":
-        """Return the judge of a problem: kept is the share of the squared norm of a width's channels."""
-        parameters, kept = dict(posed.model.named_parameters()), {}
+        """Return the judge of a problem."""
+        parameters = dict(posed.model.named_parameters())
+        squares = {name: parameter.detach().square() for name, parameter in parameters.items()}
+        kept: dict[str, NDArray[np.float64]] = {}
+        inside: dict[str, dict[str, NDArray[np.float64]]] = {block.name: {} for block in posed.graph.blocks}
         for width in posed.graph.cuttable:
-            squares = group([Filter(width)], posed.model).norms(parameters).double().square()
-            share = squares.sort(descending=True).values.cumsum(0) / squares.sum().clamp_min(1e-30)
-            kept[width.name] = np.concatenate([[0.0], share.numpy()])
-        return cls(posed.graph, posed.times[posed.profile.id], kept)
+            groups = group([Filter(width)], posed.model)
+            whole = groups.sums(squares).double()
+            order, total = whole.argsort(descending=True), whole.sum().clamp_min(1e-30)
+            kept[width.name] = _shares(whole[order] / total)
+            tensors = {member.tensor: member.tensor.rpartition(".")[0] for member in groups.members}
+            for block in posed.graph.blocks:
+                if not block.modules.isdisjoint(tensors.values()):
+                    own = {name: squares[name] * (module in block.modules) for name, module in tensors.items()}
+                    inside[block.name][width.name] = _shares(groups.sums(own).double()[order] / total)
+        return cls(posed.graph, posed.times[posed.profile.id], kept, inside)
 
     @property
     def dense_s(self) -> float:
         """The latency of the dense network."""
         return self.time.under(self.graph.dense)
 
-    def latency(self, keep: Keep) -> float:
+    def latency(self, choice: Choice) -> float:
         """Return the latency as a fraction of the dense one."""
-        return self.time.under(self.graph.choice(keep)) / self.dense_s
+        return self.time.under(self.graph.choice(choice.keep, choice.removed)) / self.dense_s
 
-    def importance(self, keep: Keep) -> float:
-        """Return the mean share of importance that the widths keep."""
-        return float(np.mean([self.kept[name][count] for name, count in keep.items()]))
+    def importance(self, choice: Choice) -> float:
+        """Return the mean share of importance that a network keeps."""
+        found = [float(own[choice.keep[name]]) for name, own in self.kept.items()]
+        modules = {block.name: block.modules for block in self.graph.blocks}
+        outermost = [b for b in choice.removed if not any(modules[b] < modules[other] for other in choice.removed)]
+        lost = [float(own[choice.keep[name]]) for b in outermost for name, own in self.inside[b].items()]
+        return (sum(found) - sum(lost)) / len(found)
 
     def measured(self, options: Mapping[str, Sequence[int]]) -> Importance:
-        """Return the same for the planner: what cutting each candidate alone costs."""
+        """Return the same for the planner: what cutting each candidate, and each block, alone costs."""
         losses = {n: {c: max(0.0, 1 - float(self.kept[n][c])) for c in counts} for n, counts in options.items()}
-        return Importance("magnitude", losses, {}, {})
+        blocks = {name: sum(float(own[-1]) for own in found.values()) for name, found in self.inside.items()}
+        return Importance("magnitude", losses, blocks, {})
 
-    def best_within(self, path: Sequence[Keep], budget: float) -> Keep | None:
+    def best_within(self, path: Sequence[Choice], budget: float) -> Choice | None:
         """Return, of the networks on a path, the one within the budget that keeps most."""
-        fitting = [keep for keep in path if self.latency(keep) <= budget * (1 + 1e-9)]
+        fitting = [choice for choice in path if self.latency(choice) <= budget * (1 + 1e-9)]
         return max(fitting, key=self.importance, default=None)
+
+
+def _shares(shares: Tensor) -> NDArray[np.float64]:
+    return np.concatenate([[0.0], shares.cumsum(0).numpy()])
 
 
 def uniform(judge: Judge) -> list[Keep]:
@@ -167,8 +192,13 @@ def _read(graph: Graph, model: nn.Module) -> Keep:
     return keep
 
 
-def paths(judge: Judge, posed: Problem) -> Iterator[tuple[str, Callable[[], list[Keep]]]]:
-    """Return the rivals by name, each to be asked once for the networks that it passes."""
+def paths(judge: Judge, posed: Problem) -> Iterator[tuple[str, list[Choice]]]:
+    """Yield the rivals by name, each with the networks that it passes."""
+    for name, keeps in _named(judge, posed):
+        yield name, [judge.graph.choice(keep) for keep in keeps()]
+
+
+def _named(judge: Judge, posed: Problem) -> Iterator[tuple[str, Callable[[], list[Keep]]]]:
     yield "uniform", partial(uniform, judge)
     yield "greedy, latency-saliency", partial(greedy, judge, posed)
     for round_to in (None, 8, 16):

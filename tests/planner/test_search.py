@@ -521,13 +521,19 @@ def test_importance_must_cover_the_candidates() -> None:
 
 
 def test_a_global_budget_pools_what_costs_time(tmp_path: Path) -> None:
-    model, _ = example("residual, option B")
+    model, graph = example("residual, option B")
     plan = planner.plan(model, INPUTS, nets.anywhere(), latency=0.5)
     shared = with_global_budget(plan, model)
     pool = shared.pools[0]
-    narrowed = [width for width in plan.widths if 0 < width.keep < width.dense]
-    assert pool.members == tuple(width.name for width in narrowed)
-    assert pool.budget == pytest.approx(sum(width.keep * width.cost_s for width in narrowed))
+    shares = [width for width in plan.widths if width.keep]  # those that the plan keeps whole too
+    narrowed = [width for width in shares if width.keep < width.dense]
+    assert pool.members == tuple(width.name for width in shares)
+    assert pool.budget == pytest.approx(sum(width.keep * width.cost_s for width in shares))
+    dense_s = Rules(nets.anywhere()).latency(graph, graph.dense)
+    for width in shares:  # a channel costs its share of the step above, or of the last one
+        at = min(width.considered.index(width.keep), len(width.considered) - 2)
+        step = (width.fractions[at + 1] - width.fractions[at]) / (width.considered[at + 1] - width.considered[at])
+        assert width.cost_s == pytest.approx(step * dense_s)
     assert max(pool.weights) == 1
     assert list(shared.pools[1:]) == [other for other in plan.pools if other.structure == "depth"]
     shared.save(tmp_path / "plan.json")

@@ -206,6 +206,9 @@ def test_interrupted_run_continues(call: Call, tmp_path: Path, monkeypatch: pyte
     assert (code == 0) == all(verdict.ok for verdict in outcome.verdicts)
     assert Plan.load(tmp_path / "out" / "plan.json") == plan
     assert "espalier" in out
+    assert outcome.tries
+    assert outcome.tries[0].budget == pytest.approx(0.6)
+    assert f"plan 1: {outcome.tries[0].told}" in out
     assert outcome.accuracy.rebuilt == outcome.accuracy.sparse
     assert outcome.equivalence < 1e-4
     assert max(outcome.parity.values()) < 1e-4
@@ -224,6 +227,27 @@ def test_interrupted_run_continues(call: Call, tmp_path: Path, monkeypatch: pyte
     code, _, err = call(*RUN[:-1], "0.7")
     assert code == 2
     assert "another run" in err
+
+
+def test_one_budget_for_all_widths_ends_on_the_last_plan(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "_LIMIT_S", 5.0)
+    monkeypatch.setattr(pipeline, "runtimes", lambda profile: [profile.runtime.name])
+    code, out, err = call(*RUN[:7], "--epochs", "6", "--latency", "0.6", "--global-budget", "--every", "1", "--json")
+    assert code in (0, 1), err  # 1: as above, and a model that was never trained densely
+    outcome = Outcome.model_validate_json(out)
+    first, plan = (Plan.load(tmp_path / "out" / name) for name in ("plan.first.json", "plan.json"))
+    assert (first.importance, plan.importance) == ("measured", "norms in training")
+    assert plan.predicted.fraction <= 0.6 * (1 + 0.03)
+    assert all(len(pool.members) == 1 for pool in plan.pools)
+    assert outcome.notes == list(plan.notes)
+    assert "one budget for all widths, solved again" in outcome.notes[-1]
+    assert {row.name: row.kept for row in outcome.widths} == plan.choice.keep
+    assert outcome.accuracy.rebuilt == outcome.accuracy.sparse
+    sparse = load_file(tmp_path / "out" / "sparse.safetensors")
+    kept = {w.name: int((sparse[f"{w.name}.weight"].flatten(1).norm(dim=1) > 0).sum()) for w in plan.widths if w.keep}
+    assert kept == {name: count for name, count in plan.choice.keep.items() if count}
 
 
 def test_missing_runtime_names_the_pip_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

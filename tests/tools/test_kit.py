@@ -96,9 +96,7 @@ def test_a_kit_is_timed_with_the_runtime_alone_and_becomes_a_table(runtime: str,
     check(import_results(kit / RESULTS, kit, tiny.model(), INPUTS), runtime, tiny.model())
 
 
-def test_executorch_programs_are_timed_with_its_python_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_executorch_programs_are_timed_with_its_python_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("executorch", reason="executorch is not installed: pip install 'espalier[executorch]'")
     monkeypatch.setattr("tools.kit._NETWORKS", 13)  # each takes seconds to lower
     kit = tmp_path / "kit"

@@ -15,7 +15,7 @@ from planner.latency import Entry, LatencyTable
 from profiles.errors import EspalierError
 from tools import report
 from tools.figures import elapsed, training
-from tools.outcome import Accuracy, Interval, Outcome, Row, Step, Verdict, WidthRow
+from tools.outcome import Accuracy, Interval, Outcome, Row, Step, Try, Verdict, WidthRow
 
 HOSTILE = '<script>alert("1")</script> & $\\frac{1$ | [bold] __x'
 
@@ -383,3 +383,18 @@ def test_labels_are_distinct(outcome: Outcome) -> None:
 def test_interval_holds_its_value() -> None:
     with pytest.raises(ValidationError, match="outside its interval"):
         Interval(value=3.0, low=1.0, high=2.0)
+
+
+def test_tries_are_told_in_the_report_and_the_terminal(outcome: Outcome) -> None:
+    tries = [
+        Try(budget=0.5, predicted=0.5, measured=0.55, corrected=True, changes=[]),
+        Try(budget=0.5, predicted=0.49, measured=0.495, corrected=False, changes=["a: 16 -> 8"]),
+    ]
+    assert tries[0].told.endswith("predicted 0.500, measured 0.550 of dense (+10.0%); table corrected, planned again")
+    assert tries[1].told == "budget 0.500, predicted 0.490, measured 0.495 of dense (+1.0%)"
+    outcome = outcome.model_copy(update={"tries": tries, "notes": ["why <not>"]})
+    assert report.way(outcome) == [*(f"plan {n}: {own.told}" for n, own in enumerate(tries, 1)), "note: why <not>"]
+    page = report.render(outcome)
+    assert f"<li>plan 1: {tries[0].told}</li>" in page
+    assert "why &lt;not&gt;" in page
+    assert Outcome.model_validate_json(outcome.model_dump_json()) == outcome
