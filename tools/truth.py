@@ -110,6 +110,16 @@ def run(file: Path, *, networks: str, runtimes: str, plans: int, console: Consol
     return told(log)
 
 
+def rows(log: Log) -> list[dict[str, Any]]:
+    """Return the tries of every case as the README's table keeps them."""
+    found = []
+    for key, tries in log.items():
+        network, runtime, budget = key.split()
+        short = [{name: round(t[name], 4) for name in ("planned", "measured", "of_budget")} for t in tries]
+        found.append({"network": network, "runtime": runtime, "budget": float(budget), "tries": short})
+    return found
+
+
 def told(log: Log) -> bool:
     """Print every case and how many hold; return whether the limits hold."""
     out = Console()

@@ -72,6 +72,19 @@ def test_gains_are_shown_by_target_and_estimates_are_told_apart(tmp_path: Path) 
     assert "| net, half for cpu | 1.90x | 2.04x, 90.0 % | 1.70x (estimated) |\n" in text
 
 
+def test_a_missed_budget_is_bold_and_further_plans_are_counted(tmp_path: Path) -> None:
+    case = {"network": "net", "runtime": "openvino"}
+    good, bad = ({"planned": 0.5, "measured": m, "of_budget": m / 0.5} for m in (0.52, 0.56))
+    rows = [
+        {**case, "budget": 0.5, "tries": [bad, good]},
+        {**case, "budget": 0.8, "tries": [{**bad, "of_budget": 0.7}]},
+    ]
+    record.add("budget", rows, command="c", key=("network", "runtime", "budget"), folder=tmp_path)
+    text = render.rendered("<!-- evidence: budget -->\n<!-- end of evidence -->", tmp_path)
+    assert "| measured / dense at a budget of | 0.5 | 0.8 |\n" in text
+    assert "| net, openvino | 0.520 (2 plans) | **0.560** |\n" in text
+
+
 def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EspalierError, match="no table is called 'nothing'"):
         render.rendered("<!-- evidence: nothing -->\n<!-- end of evidence -->", tmp_path)

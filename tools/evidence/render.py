@@ -61,6 +61,25 @@ def targets(found: Evidence) -> str:
     return _markdown(("network, plan", "MACs", *(f"`{name}`" for name in names)), lines)
 
 
+def budget(found: Evidence) -> str:
+    """Return how planned networks stand to their budgets, a line for each network and runtime."""
+    budgets = sorted({row["budget"] for row in found.rows})
+    by: dict[tuple[str, str], dict[float, Row]] = {}
+    for row in found.rows:
+        by.setdefault((row["network"], row["runtime"]), {})[row["budget"]] = row
+    lines = [
+        [", ".join(case), *(_met(own[share]) if share in own else "-" for share in budgets)] for case, own in by.items()
+    ]
+    return _markdown(("measured / dense at a budget of", *(f"{share:g}" for share in budgets)), lines)
+
+
+def _met(row: Row) -> str:
+    """Return the fraction of the dense latency in the end, bold if 5 % off its budget, with the plans it took."""
+    last = row["tries"][-1]
+    text = _bold(f"{last['measured']:.3f}", abs(last["of_budget"] - 1) > 0.05)
+    return text if len(row["tries"]) == 1 else f"{text} ({len(row['tries'])} plans)"
+
+
 def _gain(row: Row) -> str:
     if row["plan"] == "dense":
         seconds = (row["measured_s"] or {}).get("value") or row["estimated_s"]
@@ -77,7 +96,7 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
 
 
-TABLES: dict[str, Callable[[Evidence], str]] = {"latency": latency, "targets": targets}
+TABLES: dict[str, Callable[[Evidence], str]] = {"latency": latency, "targets": targets, "budget": budget}
 
 
 def rendered(text: str, folder: Path = FOLDER) -> str:
