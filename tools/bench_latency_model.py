@@ -38,7 +38,7 @@ from planner.latency import LatencyTable, Probe, Rules
 from planner.operations import Choice
 from profiles import Profile, atomic
 from profiles.errors import BackendUnavailable, EspalierError
-from tools.calibrate import Bench, bench, calibrate, measure_choices
+from tools.calibrate import LIMIT_S, Bench, bench, calibrate, measure_choices
 from tools.console import Stage
 from tools.evidence.record import add
 from tools.examples import cifar10, imagenet
@@ -180,15 +180,24 @@ def profile_for(runtime: str) -> Profile | None:
     return next(fitting, None)
 
 
-def run(case: Case, profile: Profile, *, count: int, seconds: float, file: Path | None, stage: Stage) -> list[Score]:
+@dataclass(frozen=True)
+class Effort:
+    """How long calibration and each network take, and how many networks there are."""
+
+    count: int
+    seconds: float  # of timing per network and pass
+    limit_s: float  # of calibration
+
+
+def run(case: Case, profile: Profile, effort: Effort, *, file: Path | None, stage: Stage) -> list[Score]:
     """Calibrate, measure and score one network in one runtime."""
     factory, shape = NETWORKS[case.network]
     inputs = (torch.randn(case.batch, *shape, generator=torch.Generator().manual_seed(0)),)
     torch.manual_seed(0)  # a compiler packs weights: what it estimates depends on them, and what was lowered is kept
-    place = bench(factory().eval(), inputs, profile, threads=1, seconds=seconds)
+    place = bench(factory().eval(), inputs, profile, threads=1, seconds=effort.seconds)
     with stage.phase(f"calibrating {case.network} b{case.batch} in {case.runtime}") as phase:
-        table = calibrate(place, progress=phase.step)
-    wanted = configurations(place.graph, profile, count, seed=case.seed)
+        table = calibrate(place, progress=phase.step, limit_s=effort.limit_s)
+    wanted = configurations(place.graph, profile, effort.count, seed=case.seed)
     probes = measured(case, place, wanted, file=file, stage=stage)
     return scores(case, place.graph, profile, table, probes)
 
@@ -228,6 +237,7 @@ def main(
     batches: Annotated[str, typer.Option(help="comma-separated")] = "1,8",
     configurations: Annotated[int, typer.Option(min=3, help="random networks per network and runtime")] = 25,
     seconds: Annotated[float, typer.Option(help="of timing per network and pass")] = 0.25,
+    minutes: Annotated[float, typer.Option(min=0.1, help="of calibration at most")] = LIMIT_S / 60,
     seed: int = 1,
     file: Annotated[Path | None, typer.Option("--json", help="where measurements and scores are kept")] = None,
     evidence: Annotated[bool, typer.Option("--evidence", help="add the scores to evidence/latency.json")] = False,
@@ -238,7 +248,7 @@ def main(
     logging.getLogger("backends").setLevel(logging.ERROR)  # it tells of each width off the grid, which is the purpose
     rows: list[Score] = []
     for case, profile in _cases(networks, runtimes, batches, seed, stage):
-        rows += run(case, profile, count=configurations, seconds=seconds, file=file, stage=stage)
+        rows += run(case, profile, Effort(configurations, seconds, 60 * minutes), file=file, stage=stage)
         if file:
             content = {**_document(file), "scores": [asdict(row) for row in rows]}
             atomic.write_text(file, json.dumps(content, indent=1) + "\n")

@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 _TOGETHER = 12  # probes timed in turns with the dense network
 _DENSE = 2  # instances of the dense network, as all others are relative to it
 _UNREST, _TIMED_S = 0.03, 15.0  # timed again while 95 % intervals are wider than this share, for no longer
-_LIMIT_S = 160.0  # no networks are begun that would take longer in all
+LIMIT_S = 160.0  # unless asked otherwise, no networks are begun that would take longer in all
 _ENOUGH, _LEAST = 0.01, 48  # mean error on networks left out of the fit, and how many it takes to trust that
 _LONGER = 4
 
@@ -104,11 +104,11 @@ def bench(
     return Bench(model, inputs, trace(model, inputs), profile, runtime, threads, seconds)
 
 
-def calibrate(bench: Bench, *, progress: Progress, fresh: bool = False) -> LatencyTable:
+def calibrate(bench: Bench, *, progress: Progress, fresh: bool = False, limit_s: float | None = None) -> LatencyTable:
     """Return the latency table of a bench: the one measured before on this machine, or a new one.
 
-    Probes are kept as they are measured, so that an interrupted calibration goes on where it was. Of an NPU that is not
-    here, the table holds its compiler's estimates.
+    Probes are kept as they are measured, so that an interrupted calibration goes on where it was, and one that is given
+    more time than usual goes on from its table. Of an NPU that is not here, the table holds its compiler's estimates.
     """
     if by_compiler(bench.profile):
         from tools import estimates  # its imports need the compiler
@@ -117,26 +117,36 @@ def calibrate(bench: Bench, *, progress: Progress, fresh: bool = False) -> Laten
     options = candidates(bench.graph, bench.profile)
     wanted = design(bench.graph, options)
     path = cache_path(bench, wanted)
-    if path.exists() and not fresh:
-        return LatencyTable.load(path)
-    place = bench.place()
-    part = path.with_suffix(".part.json")
+    known = LatencyTable.load(path) if path.exists() and not fresh else None
+    limit_s = limit_s or LIMIT_S
+    if known and limit_s <= LIMIT_S:
+        return known
+    place, part = bench.place(), path.with_suffix(".part.json")
     if fresh:
         part.unlink(missing_ok=True)
-    probes = _stored(part)
-    clock, started, taken_s = Countdown(progress, len(probes), len(wanted), limit_s=_LIMIT_S), time.monotonic(), 0.0
+    before = _stored(part) or list(known.probes if known else ())
+    probes = _measured(bench, wanted, before, part=part, progress=progress, limit_s=limit_s)
+    table = known if known and len(probes) == len(known.probes) else fitted(bench, probes, options, place=place)
+    table.save(path)
+    part.unlink(missing_ok=True)
+    return table
+
+
+def _measured(
+    bench: Bench, wanted: Sequence[Choice], before: list[Probe], *, part: Path, progress: Progress, limit_s: float
+) -> list[Probe]:
+    """Measure what is wanted after what was measured before, until it is enough or time is up; keep it in `part`."""
+    clock, started, taken_s = Countdown(progress, len(before), len(wanted), limit_s=limit_s), time.monotonic(), 0.0
+    probes = list(before)
     for start in range(len(probes), len(wanted), _TOGETHER):
-        if time.monotonic() - started + taken_s > _LIMIT_S or _enough(bench, probes):
+        if time.monotonic() - started + taken_s > limit_s or _enough(bench, probes):
             break
         begun, some = time.monotonic(), wanted[start : start + _TOGETHER]
         probes += measure_choices(bench, some, progress=clock.step, offset=(start, len(wanted)))
         taken_s = time.monotonic() - begun
         clock.finished(len(probes))
         atomic.write_text(part, json.dumps([probe.model_dump(mode="json") for probe in probes]))
-    table = fitted(bench, probes, options, place=place)
-    table.save(path)
-    part.unlink(missing_ok=True)
-    return table
+    return probes
 
 
 def _enough(bench: Bench, probes: Sequence[Probe]) -> bool:

@@ -3,13 +3,20 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from profiles.errors import EspalierError
 from tools.console import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from profiles import Profile
+
+    Source = tuple[nn.Module, tuple[Tensor, ...], Profile]
 
 console = Console(stderr=True)
 
@@ -30,6 +37,10 @@ def calibrate(
         Path | None, typer.Option("--weights", help="safetensors file of the weights, which an NPU's compiler packs")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="threads of the runtime")] = 1,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="of measuring at most; more than the usual 2.7 go on from the last table"),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="hold the profile's rules against staircases; exit 1 if one disagrees")
     ] = False,
@@ -56,46 +67,55 @@ def calibrate(
     if import_ is not None and kit is not None:
         _import(model, import_, kit, out or Path("table.json"), as_json)
         return
-    source = (profile, inputs, data, weights)
-    _measure(model, source, out or Path("table.json"), threads, kit, fresh=fresh, as_json=as_json)
+    source = _source(model, profile, inputs, data, weights)
+    if kit is not None:
+        _write_kit(source, kit, threads, as_json)
+        return
+    _measure(source, out or Path("table.json"), threads, minutes, fresh=fresh, as_json=as_json)
 
 
 def _print(as_json: bool, content: Any, words: str) -> None:
     sys.stdout.write((json.dumps(content, indent=1, default=str) if as_json else words) + "\n")
 
 
+def _source(model: str, profile: str | None, inputs: str | None, data: str | None, weights: Path | None) -> "Source":
+    """Load what was named: the model, an example, the profile."""
+    import torch
+
+    from tools.pipeline import chosen
+    from tools.sources import example_inputs, load_data, load_model
+
+    torch.manual_seed(0)  # without weights: those that an earlier calibration had, whose work is kept
+    example = example_inputs(inputs, load_data(data).test if data else None)
+    return load_model(model, weights), example, chosen(profile)
+
+
+def _write_kit(source: "Source", kit: Path, threads: int, as_json: bool) -> None:
+    from tools.kit import write_kit
+
+    with Stage(console).phase("write the kit") as phase:
+        write_kit(*source, kit, threads=threads, progress=phase.step)
+    _print(as_json, {"kit": kit}, f"{kit}: copy it to the device, run python3 run.py, copy results.json back")
+
+
 def _measure(
-    model: str,
-    source: tuple[str | None, str | None, str | None, Path | None],
+    source: "Source",
     out: Path,
     threads: int,
-    kit: Path | None,
+    minutes: float | None,
     *,
     fresh: bool,
     as_json: bool,
 ) -> None:
-    import torch
-
     from tools import calibrate as calibration
-    from tools.kit import write_kit
-    from tools.pipeline import chosen
-    from tools.sources import example_inputs, load_data, load_model
     from tools.threads import one_thread
 
-    profile, inputs, data, weights = source
-    torch.manual_seed(0)  # without weights: those that an earlier calibration had, whose work is kept
-    example = example_inputs(inputs, load_data(data).test if data else None)
-    net, device = load_model(model, weights), chosen(profile)
-    if kit is not None:
-        with Stage(console).phase("write the kit") as phase:
-            write_kit(net, example, device, kit, threads=threads, progress=phase.step)
-        _print(as_json, {"kit": kit}, f"{kit}: copy it to the device, run python3 run.py, copy results.json back")
-        return
-    bench = calibration.bench(net, example, device, threads=threads)
-    estimates = calibration.by_compiler(device)
+    bench = calibration.bench(*source, threads=threads)
+    estimates = calibration.by_compiler(bench.profile)
     doing = "estimate" if estimates else "measure"
     with Stage(console).phase(f"{doing} latency table") as phase, one_thread():
-        table = calibration.calibrate(bench, progress=phase.step, fresh=fresh)
+        limit_s = 60 * minutes if minutes else None
+        table = calibration.calibrate(bench, progress=phase.step, fresh=fresh, limit_s=limit_s)
     table.save(out)
     what = "estimated by its compiler, not measured; " if estimates else ""
     words = (

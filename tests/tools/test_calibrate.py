@@ -1,6 +1,8 @@
 """Calibration: a table says what it rests on and where it belongs, and an interrupted one goes on."""
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 
 from planner.candidates import candidates
 from planner.latency import LatencyTable, Probe
+from planner.operations import Choice
 from profiles import Machine, load
 from tools import calibrate as calibration
 from tools.calibrate import Bench, Countdown, batch_of, belongs, bench, calibrate, refined
@@ -108,6 +111,29 @@ def test_an_interrupted_calibration_goes_on(monkeypatch: pytest.MonkeyPatch, tmp
     assert sum(size for size in sizes if size > 0) == len(found.probes)
     assert not list(tmp_path.rglob("*.part.json"))
     assert calibrate(one, progress=lambda *_: None) == found  # from the cache
+
+
+def test_more_time_goes_on_from_the_last_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, asked = a_bench(), list[int]()
+
+    def counted(_: Bench, wanted: Sequence[Choice], **__: object) -> list[Probe]:
+        asked.append(len(wanted))
+        time.sleep(0.3)
+        return [
+            Probe(keep=dict(c.keep), removed=(), latency_s=1.0, relative=1.0, ci95_s=(1.0, 1.0), runs=1) for c in wanted
+        ]
+
+    monkeypatch.setattr(calibration, "measure_choices", counted)
+    monkeypatch.setattr(calibration, "_enough", lambda _, probes: len(probes) >= 36)
+    monkeypatch.setattr(calibration, "LIMIT_S", 0.5)
+    few = calibrate(one, progress=lambda *_: None)
+    assert asked == [12]
+    assert calibrate(one, progress=lambda *_: None) == few
+    assert asked == [12]
+    more = calibrate(one, progress=lambda *_: None, limit_s=60.0)
+    assert asked == [12, 12, 12]
+    assert more.probes[:12] == few.probes
+    assert calibrate(one, progress=lambda *_: None, limit_s=60.0) == more
 
 
 @pytest.mark.parametrize(("relatives", "taken"), [((1.0,), 1.0), ((0.2, 1.0, 1.01), 1.0), ((2.0, 1.0, 2.1), 2.0)])

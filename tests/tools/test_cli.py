@@ -232,7 +232,7 @@ def test_interrupted_run_continues(call: Call, tmp_path: Path, monkeypatch: pyte
 def test_one_budget_for_all_widths_ends_on_the_last_plan(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "_LIMIT_S", 5.0)
+    monkeypatch.setattr(calibrate, "LIMIT_S", 5.0)
     monkeypatch.setattr(pipeline, "runtimes", lambda profile: [profile.runtime.name])
     code, out, err = call(*RUN[:7], "--epochs", "6", "--latency", "0.6", "--global-budget", "--every", "1", "--json")
     assert code in (0, 1), err  # 1: as above, and a model that was never trained densely
@@ -277,7 +277,7 @@ def test_refused_model_is_exit_1_and_the_files_say_so(
 def test_killed_run_continues(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(HERE.parent.parent)
-    short = "import tools.calibrate; tools.calibrate._LIMIT_S = 20.0; from tools.cli import main; main()"
+    short = "import tools.calibrate; tools.calibrate.LIMIT_S = 20.0; from tools.cli import main; main()"
     command = [sys.executable, "-c", short, *RUN, "--json"]
     first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "out" / "dense.training.safetensors"
