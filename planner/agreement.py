@@ -50,8 +50,9 @@ class Agreement:
     """A plan whose widths share one budget in training, and are decided again every few epochs until that settles.
 
     `plan` is what is trained to now: with one pool in seconds, and once `settled` with a count for each width. Blocks
-    leave or stay as the first plan says. The program takes what WGSEF goes by, the squared norms of channels relative
-    to their mean in the model that training began with, or `importance` of the model as it is.
+    leave or stay, and layers are trimmed, as the first plan says. The program takes what WGSEF goes by, the squared
+    norms of channels relative to their mean in the model that training began with, or `importance` of the model as it
+    is.
 
         agreement = Agreement.of(planner.problem(model, inputs, profile, table=table), 0.5)
         agreement.attach(model, optimizer, steps=steps)
@@ -126,12 +127,17 @@ class Agreement:
         log.info("step %d: %d channels moved%s", self._proximal.taken, moved, f"; {told}" if self.settled else "")
 
     def _current(self) -> Importance:
-        """Return the importance of the weights as they are; blocks that left stay out, and the others in."""
+        """Return the importance of the weights as they are; blocks and trims stay as they were decided."""
         found = self.importance(self._model) if self.importance else self._norms()
-        self._price = 1 + sum(max(losses.values(), default=0.0) for losses in found.widths.values())
+        widths = {name: losses for name, losses in found.widths.items() if name in self.graph.width}
+        self._price = price = 1 + sum(max(losses.values(), default=0.0) for losses in widths.values())
+        kept, gone = self._solved.choice.keep, self._solved.choice.removed
+        for trim in self.graph.trims:
+            now = kept.get(trim.name, trim.size)
+            widths[trim.name] = {count: 0.0 if count == now else price for count in trim.counts}
         free = [block.name for block in self.graph.blocks if not block.frozen]
-        gone = self._solved.choice.removed
-        return replace(found, blocks={n: -self._price if n in gone else self._price for n in free}, stages={})
+        blocks = {name: -price if name in gone else price for name in free}
+        return replace(found, widths=widths, blocks=blocks, stages={})
 
     def _restored(self, solved: Plan) -> Plan:
         """Return a plan whose objective is the loss alone, without what holds the blocks to their places."""

@@ -4,6 +4,9 @@
     subject to  Σ_c y[w,c] = 1,  or 1 - r[b] for a width inside block b
                 Σ_terms cost(lengths) <= budget,                         for every limited resource
 
+Trims (what a layer can lose beside its widths) are variables like widths. One that needs a width at one of some
+candidates C adds Σ_{c < all} y[t,c] <= Σ_{c in C} y[w,c].
+
 A term that two widths decide has one variable per pair of candidates, whose margins are the widths' binaries, so its
 cost is exact at every integer point; terms of all resources share these variables. n² is the maximum of the chords
 through its integer points. The length of an axis that many widths make up, as in a densely connected network, is a

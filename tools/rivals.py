@@ -80,7 +80,13 @@ class Judge:
 
     def measured(self, options: Mapping[str, Sequence[int]]) -> Importance:
         """Return the same for the planner: what cutting each candidate, and each block, alone costs."""
-        losses = {n: {c: max(0.0, 1 - float(self.kept[n][c])) for c in counts} for n, counts in options.items()}
+        losses = {
+            n: {c: max(0.0, 1 - float(self.kept[n][c])) for c in counts}
+            for n, counts in options.items()
+            if n in self.kept
+        }
+        whole = 1.0 + len(losses)  # the price of trimming a layer: nobody else does, and the judge does not know of it
+        losses |= {n: {c: whole * (c < max(own)) for c in own} for n, own in options.items() if n not in self.kept}
         blocks = {name: sum(float(own[-1]) for own in found.values()) for name, found in self.inside.items()}
         return Importance("magnitude", losses, blocks, {})
 

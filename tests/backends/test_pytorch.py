@@ -140,7 +140,9 @@ def test_two_of_four_is_recognised() -> None:
     assert is_two_of_four(pattern)
     assert not is_two_of_four(pattern + torch.tensor([[0.0, 1, 0, 0, 0, 0, 0, 0], [0.0] * 8]))
     assert not is_two_of_four(pattern[:, :6])
-    assert not is_two_of_four(torch.zeros(2, 4, 3, 3))
+    assert is_two_of_four(pattern.view(2, 8, 1, 1).expand(2, 8, 3, 3))  # along the inputs of a convolution
+    assert not is_two_of_four(torch.ones(2, 4, 3, 3))
+    assert not is_two_of_four(torch.ones(4))
 
 
 @pytest.mark.parametrize(

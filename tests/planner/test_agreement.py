@@ -1,6 +1,7 @@
 """One budget for all widths: the program follows the weights until both agree; training ends on its last plan."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import planner
+import profiles
 from backends.rebuild import rebuild
 from planner import Agreement, Plan, Problem, Recipe
 from planner.agreement import AGREED
@@ -130,6 +132,22 @@ def test_blocks_stay_where_the_first_plan_has_them() -> None:
     assert 0 <= own.plan.proof.objective <= 1
     ended = group([Depth(graph.block[leaving])], model).norms(dict(model.named_parameters()))
     assert not ended.any()
+    rebuild(own.plan, model)
+
+
+def test_layers_stay_trimmed_as_the_first_plan_says() -> None:
+    profile, model = profiles.load("x86_64_v4.onnxruntime.fp32"), looking_trained(ResNet(1, (32, 64, 64)))
+    scope = planner.Scope(removes_blocks=False, force=True)
+    problem = planner.problem(model, (torch.ones(1, 3, 16, 16),), profile, scope=scope)
+    losses = planner.magnitude(model, problem.graph, problem.options())
+    free = "layer1.0.conv1.weight kernel"
+    widths = {**losses.widths, free: dict.fromkeys(losses.widths[free], 0.0)}
+    own = Agreement.of(problem, 0.4, importance=replace(losses, widths=widths), every=1)
+    trimmed = {trim.name: trim.keep for trim in own.plan.trims}
+    assert trimmed[free] == 1
+    trained(own, model, epochs=4, steps=18)
+    assert {trim.name: trim.keep for trim in own.plan.trims} == trimmed
+    assert own.plan.importance == "norms in training"
     rebuild(own.plan, model)
 
 
