@@ -40,7 +40,7 @@ class Device:
 
     asked: list[int] = field(default_factory=list)
 
-    def calibrate(self, place: Bench, *, progress: object) -> LatencyTable:
+    def calibrate(self, place: Bench, *, progress: object, limit_s: float) -> LatencyTable:
         """Return a table of what the rules say."""
         rules, operation = Rules(PROFILE), {o.signature: o for o in place.graph.operations}
         wanted = keys(place.graph, {name: range(1, w.size + 1) for name, w in place.graph.width.items()})
