@@ -100,7 +100,7 @@ class Rules:
         self.balance = balance(profile)
         stated = [r.penalty for r in profile.granularity if r.penalty is not None and r.confidence not in UNPROVEN]
         self._beside = max(stated, default=BESIDE)
-        self._found: dict[tuple[str, str], tuple[Granularity, ...]] = {}
+        self._found: dict[tuple[str, str, str], tuple[Granularity, ...]] = {}
 
     def cost(self, operation: Operation, inputs: int, outputs: int) -> float:
         """Return what an operation is expected to add."""
@@ -193,11 +193,14 @@ class Rules:
 
     def _rules(self, operation: Operation, axis: str) -> tuple[Granularity, ...]:
         """Return the rules of an axis that have evidence; none for groups, whose own widths are never cut."""
-        kind = operation.kind
-        if (kind, axis) not in self._found:
+        kind, kernel = operation.kind, "x".join(map(str, operation.kernel))
+        if (kind, kernel, axis) not in self._found:
             known = () if kind.startswith("grouped_") else self._profile.rules(kind, axis)
-            self._found[kind, axis] = tuple(rule for rule in known if rule.confidence not in UNPROVEN)
-        return self._found[kind, axis]
+            proven = [rule for rule in known if rule.confidence not in UNPROVEN and rule.kernel in (None, kernel)]
+            special = {(rule.quantum, rule.mode) for rule in proven if rule.kernel}
+            own = (rule for rule in proven if rule.kernel or (rule.quantum, rule.mode) not in special)
+            self._found[kind, kernel, axis] = tuple(own)
+        return self._found[kind, kernel, axis]
 
     def _rounded(self, operation: Operation, axis: str, n: int, paid: float | None) -> float:
         """Return the width that is paid for: the mean over rules, as which of them holds is in words."""

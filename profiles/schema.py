@@ -31,6 +31,9 @@ class Granularity(Cited):
     axis: Axis
     when: Text | None = None
     """The condition in words, for people; it is not evaluated."""
+    kernel: Annotated[str, Field(pattern=r"^\d+(x\d+)*$")] | None = None
+    """The kernel that the rule is about, such as 1x1; there it takes the place of the rule of that quantum and mode
+    for any kernel."""
     quantum: Count
     """Widths that are multiples of it are not rounded."""
     at_least: Count = 1

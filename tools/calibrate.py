@@ -71,6 +71,7 @@ class Bench:
         return {
             "schema": str(LatencyTable.model_fields["schema_version"].default),
             "profile": self.profile.id,
+            "rules": hashlib.sha256(self.profile.model_dump_json().encode()).hexdigest(),
             "runtime": f"{place.runtime} {place.runtime_version}",
             "driver": str(place.driver_version),
             "device": f"{place.device}, {place.device_model}",

@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 console = Console(stderr=True)
 
 
+Minutes = Annotated[
+    float | None, typer.Option("--minutes", min=0.1, help="of measuring [default: 2.7]; more go on from the last table")
+]
+Check = Annotated[
+    bool, typer.Option("--check", help="hold the profile's rules against staircases; exit 1 if one disagrees")
+]
+Write = Annotated[bool, typer.Option("--write", help="with --check: store what was measured as a profile of yours")]
+Kit = Annotated[Path | None, typer.Option("--kit", help="write networks and run.py here, for a device without PyTorch")]
+Import = Annotated[
+    Path | None, typer.Option("--import", help="read the kit's results.json back as a table; needs --kit")
+]
+
+
 def calibrate(
     model: Annotated[str | None, typer.Option("--model", help="package.module:factory of the model")] = None,
     out: Annotated[
@@ -37,22 +50,11 @@ def calibrate(
         Path | None, typer.Option("--weights", help="safetensors file of the weights, which an NPU's compiler packs")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="threads of the runtime")] = 1,
-    minutes: Annotated[
-        float | None,
-        typer.Option(min=0.1, help="of measuring at most; more than the usual 2.7 go on from the last table"),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="hold the profile's rules against staircases; exit 1 if one disagrees")
-    ] = False,
-    write: Annotated[
-        bool, typer.Option("--write", help="with --check: store what was measured as a profile of yours")
-    ] = False,
-    kit: Annotated[
-        Path | None, typer.Option("--kit", help="write networks and run.py here, for a device without PyTorch")
-    ] = None,
-    import_: Annotated[
-        Path | None, typer.Option("--import", help="read the kit's results.json back as a table; needs --kit")
-    ] = None,
+    minutes: Minutes = None,
+    check: Check = False,
+    write: Write = False,
+    kit: Kit = None,
+    import_: Import = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="do not reuse earlier results")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON for machines")] = False,
 ) -> None:

@@ -152,6 +152,22 @@ def test_beside_a_cliff_data_are_converted_on_the_way_in_and_out() -> None:
     assert rules.seconds(load) == pytest.approx(1.9 * typical + load.converted_bytes / at.activation_bytes_per_s)
 
 
+def test_a_rule_of_one_kernel_takes_the_place_of_that_for_any() -> None:
+    both = device(rule("cliff", 4, penalty=1.9), rule("cliff", 4, penalty=1.1, when="pointwise", kernel="1x1"))
+    assert Rules(both).load(pair(size=3).operations[0], 64, 33).penalty == 1.9
+    assert Rules(both).load(pair(size=1).operations[0], 64, 33).penalty == 1.1
+    another = device(rule("cliff", 4, penalty=1.9), rule("pad", 4, when="pointwise", kernel="1x1"))
+    assert Rules(another).load(pair(size=1).operations[0], 64, 33).penalty == 1.9
+
+
+def test_classes_tell_widths_below_a_rule_from_those_beside_it() -> None:
+    operation, rules = (
+        pair().operations[0],
+        Rules(device(rule("cliff", 4, at_least=16), rule("pad", axis="in_channels"))),
+    )
+    assert [rules.alignment(operation, 64, n) for n in (13, 33, 36, 64)] == [".-++", "--++", "+-++", "++++"]
+
+
 def test_groups_are_cut_whole_so_their_own_widths_round_nothing() -> None:
     graph = trace(nn.Conv2d(64, 64, 3, groups=4), (torch.ones(1, 64, 8, 8),))
     rules = Rules(device(rule("cliff", 48, op="grouped_conv2d", penalty=1.9)))

@@ -87,7 +87,7 @@ ethos-u85-128 ethos-u85-256 ethos-u85-512 ethos-u85-1024 ethos-u85-2048
 qualcomm-htp qualcomm-htp-v68 rk3588 rk3576 rk3566 rk3562 intel-npu intel-ncs2 apple-ane
 sony-imx500 amd-dpu ascend-310 ti-tinynpu axis-artpec9 nxp-neutron-n3 coral-edgetpu
 """
-NO_WIDTH_IS_KNOWN = {"nvidia-simt.cudnn.fp32", "nxp-neutron-n3.executorch.int8"}
+NO_WIDTH_IS_KNOWN = {"nvidia-simt.cudnn.fp32", "nxp-neutron-n3.executorch.int8", "x86_64_v3.onnxruntime.int8"}
 
 
 def test_names_are_the_files_that_are_not_abstract() -> None:
@@ -167,7 +167,8 @@ def test_unstructured_zeros_pay_only_where_a_mechanism_was_found() -> None:
 
 def test_onnxruntime_leaves_the_blocked_layout_beside_multiples_of_four() -> None:
     rules = profiles.load("x86_64_v4.onnxruntime.fp32").rules("conv2d", "in_channels")
-    assert [(r.quantum, r.at_least, r.penalty) for r in rules if r.mode == "cliff"] == [(4, 16, 1.9)]
+    cliffs = [(r.kernel, r.quantum, r.at_least, r.penalty) for r in rules if r.mode == "cliff"]
+    assert cliffs == [(None, 4, 16, 1.9), ("1x1", 4, 16, 1.1)]
 
 
 def test_the_sparse_peak_of_the_dla_is_not_a_dense_one() -> None:

@@ -38,7 +38,7 @@ from tools.threads import fastest, one_thread
 
 RUNTIMES = "onnxruntime,openvino,executorch,pytorch"
 NPUS = ("ethos-u55-128.vela.int8", "ethos-u85-256.vela.int8")
-INT8 = ("x86_64.onnxruntime.int8", "x86_64_v4.openvino.int8-vnni", "x86_64_v4.xnnpack.int8-vnni")
+INT8 = ("x86_64_v3.onnxruntime.int8", "x86_64_v4.openvino.int8-vnni", "x86_64_v4.xnnpack.int8-vnni")
 
 
 @dataclass(frozen=True)
