@@ -253,7 +253,7 @@ def main(
             content = {**_document(file), "scores": [asdict(row) for row in rows]}
             atomic.write_text(file, json.dumps(content, indent=1) + "\n")
     if evidence:
-        command = f"python -m tools.bench_latency_model --seed {seed} --evidence"
+        command = "python -m tools.bench_latency_model --evidence --seed N"
         add("latency", [asdict(row) for row in rows], command=command, key=("case", "basis"))
     Console().print(_shown(rows))
     sys.exit(0 if rows and all(row.holds for row in rows) else 1)
