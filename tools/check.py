@@ -206,7 +206,11 @@ def verdicts(profile: Profile, curves: Sequence[Curve]) -> list[Verdict]:
             found.append(_verdict(rule, None, because=f"there is no network that shows {rule.op} by {rule.axis}"))
             continue
         measured = _measured(rule, curve)
-        others = [other for other in profile.rules(rule.op, rule.axis) if _jumps(other) == _jumps(rule)]
+        if rule.kernel is not None:
+            found.append(_verdict(rule, measured, because=f"the networks have other kernels than {rule.kernel}"))
+            continue
+        alike = (other for other in profile.rules(rule.op, rule.axis) if other.kernel is None)
+        others = [other for other in alike if _jumps(other) == _jumps(rule)]
         met = next((other for other in others if other.quantum == (measured or 1)), None)
         if met is not None and met.quantum != rule.quantum:
             because = f"the networks met another condition{f' ({met.when})' if met.when else ''}"

@@ -63,7 +63,11 @@ def checked(device: Device, profile: Profile | None = None) -> Check:
 def test_rules_that_are_confirmed_agree() -> None:
     found = checked(Device())
     assert found.ok
-    assert {verdict.verdict for verdict in found.verdicts} == {"agree"}
+    other = [verdict for verdict in found.verdicts if verdict.verdict != "agree"]
+    assert [str(verdict) for verdict in other] == [
+        "conv2d in_channels, cliff (looked at for NCHWc, pointwise): documented 4: not checked, "
+        "the networks have other kernels than 1x1"
+    ]
     told = list(map(str, found.verdicts))
     assert "conv2d out_channels, pad (in NCHWc): documented 16, measured 16: agree" in told
     assert "conv2d in_channels, cliff (looked at for NCHWc): documented 4, measured 4: agree" in told
@@ -88,7 +92,7 @@ def test_rules_of_other_conditions_and_without_a_network_are_not_checked() -> No
     )
     wider = profile.model_copy(update={"granularity": (*profile.granularity, *more)})
     told = [str(verdict) for verdict in checked(Device(), wider).verdicts if verdict.verdict == "unchecked"]
-    assert told == [
+    assert [line for line in told if "1x1" not in line] == [
         "conv2d out_channels, pad (on Sundays): documented 64: not checked, the networks met another condition "
         "(in NCHWc)",
         "matmul heads, pad (in NCHWc): documented 16: not checked, there is no network that shows matmul by heads",
@@ -132,7 +136,7 @@ def test_the_overlay_wins_on_this_machine(tmp_path: Path) -> None:
     mine = profiles.load("x86_64_v4-here.onnxruntime.fp32")
     assert mine.quantum("conv2d", "out_channels") == 8
     assert profile.quantum("conv2d", "out_channels") == 16
-    assert [rule.quantum for rule in mine.rules("conv2d", "in_channels")] == [16, 1]
+    assert [r.quantum for r in mine.rules("conv2d", "in_channels") if r.kernel is None] == [16, 1]
     (cliff,) = (rule for rule in mine.rules("depthwise_conv2d", "out_channels") if rule.mode == "cliff")
     assert (cliff.quantum, cliff.confidence) == (4, "measured-here")
     assert cliff.penalty == pytest.approx(1.5, abs=0.3)  # what the documents do not say
