@@ -8,6 +8,7 @@ that it was not fitted to is known from cross-validation: a part of the probes i
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -45,6 +46,7 @@ __all__ = [
     "rates_of",
 ]
 
+log = logging.getLogger(__name__)
 ESTIMATE = "compiler's estimate"  # the method of a table that no device was measured for
 _PARTS = 5  # of the probes, in cross-validation
 
@@ -149,7 +151,8 @@ class LatencyTable(Fitted):
     def _prior(self) -> Prior | None:
         try:
             return Prior(Features(Rules(profile_of(self.profile))), self.rates) if self.rates else None
-        except ProfileError:
+        except ProfileError as error:
+            log.warning("only measured widths have a cost, as the table's profile is not known here: %s", error)
             return None
 
     def cost(self, operation: Operation, inputs: int, outputs: int) -> float:

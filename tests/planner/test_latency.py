@@ -242,3 +242,15 @@ def test_a_forecast_says_what_it_rests_on_and_how_far_to_trust_it() -> None:
     assert (tested.basis, tested.expected_error) == ("measured here", 0.01)
     assert tested.high / tested.fraction == pytest.approx(1 + judged.uncertainty)
     assert tested.low / tested.fraction == pytest.approx(1 - judged.uncertainty)
+
+
+def test_why_a_table_cannot_tell_other_widths_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    graph = trace(conv(3, 8), (torch.ones(1, 3, 8, 8),))
+    operation = graph.operations[0]
+    widths = operation.widths(graph.dense)
+    table = table_of(graph, {(operation.signature, *widths): 1e-3}, rates={"launch": 1.0})
+    assert table.cost(operation, *widths) == 1e-3
+    with pytest.raises(PlanError, match="the latency table has no entry for"):
+        table.cost(operation, widths[0], widths[1] - 1)
+    assert "the table's profile is not known here" in caplog.text
+    assert "any.pytorch.fp32" in caplog.text
