@@ -24,25 +24,31 @@ def loss_after(
     model: nn.Module, graph: Graph, plan: Plan, importance: Importance, batches: Sequence[Batch], *, loss: Loss
 ) -> float:
     """Return the mean loss over `batches` of a copy of `model` cut as planned, its BatchNorm statistics taken anew."""
-    masked = copy.deepcopy(model)
-    parameters = dict(masked.named_parameters())
+    cut = masked(model, graph, plan, importance)
+    device = next(cut.parameters()).device
+    batches = [(x.to(device), y.to(device)) for x, y in batches]
+    recalibrate_(cut, batches)
+    with evaluating(cut):
+        return mean_loss(cut, batches, loss)
+
+
+def masked(model: nn.Module, graph: Graph, plan: Plan, importance: Importance) -> nn.Module:
+    """Return a copy of `model` whose groups are zero as planned: of each width, those of the lowest scores."""
+    found = copy.deepcopy(model)
+    parameters = dict(found.named_parameters())
     for width in plan.widths:
         if 0 < width.keep < width.dense:
-            groups = group([Filter(graph.width[width.name])], masked)
+            groups = group([Filter(graph.width[width.name])], found)
             scores = importance.scores.get(width.name, groups.norms(parameters))
             stays = kept(groups.structures[0], scores, width.keep)
             groups.scale_(parameters, stays.to(groups.structure.device))
     for pool in plan.pools:
         if pool.structure in ("channel", "kernel", "nm"):
-            (structure,) = structures_of(pool, masked, graph)
-            groups = group([structure], masked)
+            (structure,) = structures_of(pool, found, graph)
+            groups = group([structure], found)
             groups.scale_(parameters, kept(structure, groups.norms(parameters), int(pool.budget)))
     leaving = [Depth(graph.block[block.name]) for block in plan.blocks if block.removed]
     if leaving:
-        groups = group(leaving, masked)
+        groups = group(leaving, found)
         groups.scale_(parameters, torch.zeros_like(groups.structure, dtype=torch.float32))
-    device = next(masked.parameters()).device
-    batches = [(x.to(device), y.to(device)) for x, y in batches]
-    recalibrate_(masked, batches)
-    with evaluating(masked):
-        return mean_loss(masked, batches, loss)
+    return found

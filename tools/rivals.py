@@ -143,32 +143,49 @@ def _gain(judge: Judge, terms: Sequence[Term], keep: Keep, name: str, below: int
 
 def group_norm(judge: Judge, posed: Problem, *, round_to: int | None) -> list[Keep]:
     """Return the networks that torch-pruning passes: global GroupNorm importance, without the output layer."""
+    wanted = Ranking("norm", everywhere=True, round_to=round_to)
+    return [kept_of(posed.graph, model) for model in torch_pruned(posed.model, posed.graph, wanted)]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How torch-pruning ranks channels, over the whole network or in each layer, and what counts are multiples of."""
+
+    by: str  # "norm": GroupNorm's; "L1": of filters alone; "random"
+    everywhere: bool  # otherwise every layer loses the same share
+    round_to: int | None = None
+
+
+def torch_pruned(model: nn.Module, graph: Graph, ranking: Ranking, *, steps: int = STEPS) -> Iterator[nn.Module]:
+    """Yield a copy of `model` that torch-pruning narrows further and further; it is the same object each time."""
     import torch_pruning  # a test extra
 
     logging.getLogger("torch_pruning").setLevel(logging.ERROR)
-    model = copy.deepcopy(posed.model)
-    inputs = posed.graph.example()
-    heads = {m: posed.graph.width[n].size for n, m in model.named_modules() if _makes_heads(posed.graph, n)}
-    path: list[Keep] = []
+    model, inputs = copy.deepcopy(model), graph.example()
+    heads = {m: graph.width[n].size for n, m in model.named_modules() if _makes_heads(graph, n)}
+    importances = {
+        "norm": lambda: torch_pruning.importance.GroupMagnitudeImportance(p=2),  # GroupNorm's name in 1.6
+        "L1": lambda: torch_pruning.importance.GroupMagnitudeImportance(p=1, group_reduction="first", normalizer=None),
+        "random": lambda: torch_pruning.importance.RandomImportance(),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pruner = torch_pruning.pruner.MetaPruner(
             model,
             inputs,
-            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),  # GroupNorm's name in 1.6
-            global_pruning=True,
+            importance=importances[ranking.by](),
+            global_pruning=ranking.everywhere,
             pruning_ratio=0.98,
-            iterative_steps=STEPS,
+            iterative_steps=steps,
             ignored_layers=_outputs(model, inputs),
-            round_to=round_to,
+            round_to=ranking.round_to,
             num_heads=heads,
             prune_num_heads=bool(heads),
             prune_head_dims=not heads,
         )
-        for _ in range(STEPS):
+        for _ in range(steps):
             pruner.step()
-            path.append(_read(posed.graph, model))
-    return path
+            yield model
 
 
 def _makes_heads(graph: Graph, name: str) -> bool:
@@ -187,7 +204,7 @@ def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[nn.Module]:
     return order[-1:]
 
 
-def _read(graph: Graph, model: nn.Module) -> Keep:
+def kept_of(graph: Graph, model: nn.Module) -> Keep:
     """Return how many channels each width has in a pruned model: from a tensor axis that is of that width alone."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     keep = {}

@@ -63,7 +63,7 @@ class ResNet(nn.Module):
             self.layer2 = _stage(_halving(first, second, pad_shortcut=pad_shortcuts), blocks)
             self.layer3 = _stage(_halving(second, third, pad_shortcut=pad_shortcuts), blocks)
             self.add_module(self.head, nn.Linear(third, CLASSES))
-        _draw_weights_(self, torch.Generator().manual_seed(seed))
+        draw_weights_(self, torch.Generator().manual_seed(seed))
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu(self.bn1(self.conv1(x)))
@@ -86,7 +86,8 @@ def _stage(first: BasicBlock, blocks: int) -> nn.Sequential:
     return nn.Sequential(first, *(BasicBlock(width, width) for _ in range(blocks - 1)))
 
 
-def _draw_weights_(model: nn.Module, generator: torch.Generator) -> None:
+def draw_weights_(model: nn.Module, generator: torch.Generator) -> None:
+    """Draw the weights of convolutions and linear layers as He et al. 2015 do."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)

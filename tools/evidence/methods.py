@@ -1,0 +1,149 @@
+"""Ways from a dense network to a trained small one, at equal steps, batches, learning rates and recalibration."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.optim import SGD
+
+import planner
+from backends import rebuild
+from planner import Importance, Plan, Problem, Recipe
+from planner.importance import Loss
+from planner.pools import pools
+from planner.prox import Schedule
+from planner.tournament import masked
+from planner.train import Batches
+from tools.batches import Data
+from tools.bench_training import lasso
+from tools.evidence.nets import SIBLING, Net
+
+RECALIBRATED = 40  # batches that BatchNorm statistics are taken from after every cut
+OURS = ("WGSEF de-biased", "WGSEF convex", "one cut", "group lasso, then cut", "random channels of our plan")
+Prepare = Callable[[SGD], object]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is equal for all methods."""
+
+    data: Data
+    train: Batches  # of the data, perhaps with what a teacher says
+    recipe: Recipe
+    loss: Loss
+
+    @property
+    def steps(self) -> int:
+        """All steps."""
+        return self.recipe.epochs * len(self.train)
+
+    def train_(self, model: nn.Module, first: int, last: int, prepare: Prepare = lambda _: None) -> None:
+        """Take the steps from `first` up to `last` of the course."""
+        recipe, per_epoch = self.recipe, len(self.train)
+        parameters = model.parameters()
+        optimizer = SGD(
+            parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+        )
+        prepare(optimizer)
+        model.train()
+        step = first
+        while step < last:
+            self.train.set_epoch(step // per_epoch)  # type: ignore[attr-defined]
+            for x, y in islice(self.train, step % per_epoch, min(per_epoch, step % per_epoch + last - step)):
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.rate(step, self.steps)
+                optimizer.zero_grad(set_to_none=True)
+                with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+                    value = self.loss(model(x), y)
+                value.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                step += 1
+
+    def finished(self, small: nn.Module, before: float | None, first: int, zeroed: int | None = None) -> "Trained":
+        """Train what is left for the steps that are left, and return what became of it."""
+        small.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
+        at_cut = planner.accuracy(small, self.data.test)
+        planner.recalibrate_(small, islice(self.data.train, RECALIBRATED))
+        recalibrated = planner.accuracy(small, self.data.test)
+        self.train_(small, first, self.steps)
+        after = planner.accuracy(small, self.data.test)
+        return Trained(before, at_cut, recalibrated, after, zeroed, sum(p.numel() for p in small.parameters()))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of one network: accuracies before the cut, right after it, with new statistics, and in the end."""
+
+    before: float | None
+    at_cut: float
+    recalibrated: float
+    after: float
+    zeroed: int | None  # groups that were not zero when the support was fixed; None where nothing was trained before
+    params: int
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What the methods start from: the dense network, our plan, and the other methods' networks."""
+
+    dense: nn.Module
+    posed: Problem
+    plan: Plan
+    importance: Importance
+    draw: Callable[[int], nn.Module]  # a dense network with weights drawn by a seed
+
+    def run(self, method: str, net: Net, course: Course, seed: int) -> Trained:
+        """Run one method on its network."""
+        before = planner.accuracy(self.dense, course.data.test)
+        match method:
+            case "WGSEF de-biased" | "WGSEF convex":
+                form = {"debiased": method.endswith("biased")}
+                return self.sparse(self.plan.model_copy(update=form), course)
+            case "group lasso, then cut":
+                return self.lasso(course)
+            case "one cut":
+                return self.cut(self.importance, before, course)
+            case "random channels of our plan":
+                options = self.posed.options(thrifty=True)
+                return self.cut(planner.at_random(self.posed.graph, options, seed=seed), before, course)
+        if method == SIBLING:
+            return course.finished(net.model(self.draw(seed), self.posed), None, 0)
+        return course.finished(net.model(self.dense, self.posed), before, 0)
+
+    def sparse(self, plan: Plan, course: Course) -> Trained:
+        """Shrink groups by WGSEF's proximal steps, remove those at zero, and train on."""
+        model, last = copy.deepcopy(self.dense), round(course.steps * course.recipe.sparse_fraction)
+        held: list[planner.Proximal] = []
+        strength = Schedule(last, total=plan.strength.total, anneal=plan.strength.anneal)
+        course.train_(
+            model, 0, last, lambda optimizer: held.append(planner.attach(plan, model, optimizer, steps=strength))
+        )
+        before = planner.accuracy(model, course.data.test)
+        return course.finished(rebuild(plan, model), before, last, held[0].changed_at_freeze)
+
+    def lasso(self, course: Course) -> Trained:
+        """Shrink groups by the group lasso's proximal steps, cut to the plan, and train on."""
+        model, last = copy.deepcopy(self.dense), round(course.steps * course.recipe.sparse_fraction)
+        state = pools(self.plan, model, self.posed.graph)
+        parameters, schedule, taken = dict(model.named_parameters()), Schedule(last), 0
+
+        @torch.no_grad()
+        def shrink(*_: object) -> None:
+            nonlocal taken
+            taken += 1
+            norms = state.groups.norms(parameters)
+            state.groups.scale_(parameters, lasso(norms, schedule.step_size(taken), state))
+
+        course.train_(model, 0, last, lambda optimizer: optimizer.register_step_post_hook(shrink))
+        before = planner.accuracy(model, course.data.test)
+        zeroed = planner.harden_(self.plan, model)
+        return course.finished(rebuild(self.plan, model), before, last, zeroed)
+
+    def cut(self, importance: Importance, before: float, course: Course) -> Trained:
+        """Cut to the plan at once, and train."""
+        return course.finished(
+            rebuild(self.plan, masked(self.dense, self.posed.graph, self.plan, importance)), before, 0
+        )
