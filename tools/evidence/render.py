@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from statistics import mean, stdev
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ from profiles.errors import EspalierError
 from tools.evidence.record import FOLDER, Evidence, Row, read
 
 README = FOLDER.parent / "README.md"
+_RUN = ("network", "runtime", "budget", "epochs", "method", "sparse", "distil")
 _PLACE = re.compile(r"(<!-- evidence: (\w+) -->\n).*?(<!-- end of evidence -->)", re.S)
 
 
@@ -73,6 +75,39 @@ def budget(found: Evidence) -> str:
     return _markdown(("measured / dense at a budget of", *(f"{share:g}" for share in budgets)), lines)
 
 
+def accuracy(found: Evidence) -> str:
+    """Return what every method's network comes to, means over seeds, a line for each network, budget and method."""
+    runtimes = list(dict.fromkeys(name for row in found.rows for name in row["speedup"]))
+    by: dict[tuple[Any, ...], list[Row]] = {}
+    for row in found.rows:
+        by.setdefault(tuple(row[part] for part in _RUN), []).append(row)
+    lines = []
+    for (network, runtime, budget, epochs, method, sparse, distil), rows in sorted(by.items(), key=_by_accuracy):
+        shrinks = f", {sparse:g} of the steps shrink" if rows[0]["zeroed"] is not None else ""
+        place = f"{network} ({_points(rows, 'dense')}), {budget:g} in {runtime}, {epochs} epochs"
+        steps = [_points(rows, part) for part in ("before", "at_cut", "recalibrated", "after")]
+        speed = [f"{rows[0]['speedup'][name]['value']:.2f}x" for name in runtimes]
+        macs, params = (f"{rows[0][part] / 1e6:.3g} M" for part in ("macs", "params"))
+        taught = ", distilled" if distil else ""
+        lines.append([place, f"{method}{shrinks}{taught}", *steps, str(len(rows)), params, macs, *speed])
+    head = ("network (dense %), latency, training", "method", "before the cut %", "right after", "BatchNorm anew")
+    return _markdown((*head, "trained %", "seeds", "parameters", "MACs", *runtimes), lines)
+
+
+def _by_accuracy(entry: tuple[tuple[Any, ...], list[Row]]) -> tuple[Any, ...]:
+    case, rows = entry
+    return (*case[:4], -mean(row["after"] for row in rows))
+
+
+def _points(rows: Sequence[Row], part: str) -> str:
+    """Return the mean in percent, with the standard deviation where there are several seeds."""
+    values = [100 * row[part] for row in rows if row[part] is not None]
+    if not values:
+        return "-"
+    spread = f" ± {stdev(values):.2f}" if len(values) > 1 and part == "after" else ""
+    return f"{mean(values):.2f}{spread}"
+
+
 def _met(row: Row) -> str:
     """Return the fraction of the dense latency in the end, bold if 5 % off its budget, with the plans it took."""
     last = row["tries"][-1]
@@ -96,7 +131,12 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
 
 
-TABLES: dict[str, Callable[[Evidence], str]] = {"latency": latency, "targets": targets, "budget": budget}
+TABLES: dict[str, Callable[[Evidence], str]] = {
+    "latency": latency,
+    "targets": targets,
+    "budget": budget,
+    "accuracy": accuracy,
+}
 
 
 def rendered(text: str, folder: Path = FOLDER) -> str:
