@@ -135,10 +135,18 @@ def test_rivals_end_at_our_measured_latency(
 
     monkeypatch.setattr(nets, "measure_choices", measured)
     monkeypatch.setattr(nets, "STEPS", 24)
+    magnitude = lambda brief, posed, stage: planner.magnitude(brief.model, posed.graph, posed.options(thrifty=True))  # noqa: E731
+    monkeypatch.setattr(nets, "sensitivity", magnitude)
+    monkeypatch.setattr(nets, "contest", lambda brief, posed, importance, stage: importance)
     field = _field(contest, tmp_path)
     monkeypatch.setattr(nets.Field, "ours", lambda self: (contest.plan, Net("ours", contest.plan.choice, 0.6, None)))
     found = {net.method: net for net in field.rivals()}
-    assert list(found) == [*nets.RIVALS, SIBLING]
+    assert list(found) == [*nets.RIVALS, SIBLING, *nets.ABLATIONS]
+    assert not found[nets.BY_WIDTH].choice.removed
+    assert any(kept % 8 for kept in found[nets.ANY_WIDTH].choice.keep.values())
+    cuttable = {width.name for width in contest.posed.graph.cuttable}
+    aligned = [kept for name, kept in found[nets.BY_MACS].choice.keep.items() if name in cuttable]
+    assert all(kept % 8 == 0 for kept in aligned)
     assert found["uniform"].fraction == pytest.approx(0.6, rel=0.1)
     assert found["random, uniform"].weights is not None
     assert found[SIBLING].weights is None
@@ -185,5 +193,7 @@ def _field(contest: Contest, folder: Path) -> nets.Field:
 
     brief = Brief(contest.dense, contest.posed.graph.example(), contest.posed.profile, 0.5, None)
     field = nets.Field(brief, None, Stage(Console(quiet=True)), folder)  # type: ignore[arg-type]
-    field.__dict__["posed"] = contest.posed
+    options = contest.posed.options(thrifty=True)
+    about = {"posed": contest.posed, "importance": planner.magnitude(contest.dense, contest.posed.graph, options)}
+    vars(field).update(about)
     return field

@@ -40,14 +40,14 @@ from tools.console import Stage
 from tools.contenders import Contender, built, rows, timed
 from tools.distil import Distillation, Taught
 from tools.evidence.methods import OURS, Contest, Course, Trained
-from tools.evidence.nets import RIVALS, SIBLING, Field, Net
+from tools.evidence.nets import ABLATIONS, RIVALS, SIBLING, Field, Net
 from tools.evidence.record import add
 from tools.examples import cifar10
 from tools.examples.resnet import draw_weights_
 from tools.planning import Brief
 from tools.threads import one_thread
 
-ALL = (*OURS, *RIVALS, SIBLING)
+ALL = (*OURS, *RIVALS, SIBLING, *ABLATIONS)
 HELD_OUT = 5000
 
 

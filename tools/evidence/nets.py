@@ -6,19 +6,22 @@ prunes, until its network takes the same measured time: the table says where to 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from backends import rebuild
 from backends.weights import read
-from planner import Importance, LatencyTable, Plan, Problem
+from planner import Graph, Importance, LatencyTable, Limits, Plan, Problem
 from planner.operations import Choice
+from planner.tournament import masked
 from profiles import atomic
+from profiles.errors import PlanError
 from tools.calibrate import Bench, calibrate, measure_choices
 from tools.console import Stage
 from tools.contenders import narrowed
@@ -40,12 +43,19 @@ RIVALS = {
 SIBLING = "smaller sibling"
 
 
+BY_MACS = "our program by MACs"
+BY_WIDTH = "our program without depth"
+ANY_WIDTH = "our program by MACs, any width"
+ABLATIONS = (BY_MACS, BY_WIDTH, ANY_WIDTH)
+SHARES = [i / 25 for i in range(2, 24)]  # that our program is asked for
+
+
 @dataclass(frozen=True)
 class Step:
     """One network on a method's way: its shape, and weights where the method says which channels stay."""
 
     choice: Choice
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Callable[[], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,14 +133,15 @@ class Field:
     def rivals(self) -> list[Net]:
         """Return the network of every other method, as fast as ours, made now or kept."""
         _, ours = self.ours()
-        names = [*RIVALS, SIBLING]
+        names = [*RIVALS, SIBLING, *ABLATIONS]
         missing = [name for name in names if not self._path(name).exists()]
         ways = {name: self._way(name) for name in missing}
         for name, (step, fraction) in self._tuned(ways, ours.fraction).items():
-            weights = self._path(name).with_suffix(".safetensors") if step.weights else None
-            if weights is not None:
+            weights = None
+            if step.weights is not None:
+                weights = self._path(name).with_suffix(".safetensors")
                 with atomic.replacing(weights) as temporary:
-                    save_file(dict(step.weights), temporary)
+                    save_file(dict(step.weights()), temporary)
             Net(name, step.choice, fraction, weights).save(self._path(name))
         return [Net.load(self._path(name)) for name in names]
 
@@ -142,13 +153,39 @@ class Field:
         graph, model = self.posed.graph, self.brief.model
         if name == SIBLING:
             return [Step(choice) for choice in shallower(self.posed)]
+        if name in ABLATIONS:
+            return list(self._planned(name))
         found = []
         with self.stage.phase(name) as phase:
             for pruned in torch_pruned(model, graph, RIVALS[name], steps=STEPS):
                 state = {key: tensor.detach().clone().contiguous() for key, tensor in pruned.state_dict().items()}
-                found.append(Step(graph.choice(kept_of(graph, pruned)), state))
+                found.append(Step(graph.choice(kept_of(graph, pruned)), partial(dict, state)))
                 phase.step(name, len(found), STEPS)
         return found
+
+    def _planned(self, name: str) -> Iterator[Step]:
+        """Yield what our program makes of MACs for latency, without removing blocks, or without the device's steps."""
+        posed, importance = self.posed, self.importance
+        if name == ANY_WIDTH:
+            bare = self.brief.profile.model_copy(update={"granularity": ()})
+            brief = replace(self.brief, profile=bare)
+            posed = brief.problem(None)
+            importance = contest(
+                replace(brief, latency=None, limits=Limits(macs=0.5)),
+                posed,
+                sensitivity(brief, posed, self.stage),
+                self.stage,
+            )
+        if name == BY_WIDTH:
+            importance = replace(importance, blocks=dict.fromkeys(importance.blocks, 1e6))
+        for share in SHARES:
+            by_macs = (None, Limits(macs=share))
+            try:
+                plan = posed.solve(*((share, None) if name == BY_WIDTH else by_macs), importance=importance)
+            except PlanError:
+                continue  # below the floor
+            choice = posed.graph.choice(plan.choice.keep, plan.choice.removed)
+            yield Step(choice, partial(cut_once, self.brief.model, posed.graph, plan, importance))
 
     def _tuned(self, ways: Mapping[str, Sequence[Step]], wanted: float) -> dict[str, tuple[Step, float]]:
         """Return of every way the network whose measured fraction of the dense latency is nearest to `wanted`.
@@ -171,6 +208,12 @@ class Field:
                 seen[name][index] = probe.relative
         best = {name: min(own, key=lambda i: abs(own[i] - wanted)) for name, own in seen.items()}
         return {name: (ways[name][index], seen[name][index]) for name, index in best.items()}
+
+
+def cut_once(model: nn.Module, graph: Graph, plan: Plan, importance: Importance) -> Mapping[str, Tensor]:
+    """Return the weights of a network that is cut to a plan."""
+    small = rebuild(plan, masked(model, graph, plan, importance))
+    return {name: tensor.detach().clone().contiguous() for name, tensor in small.state_dict().items()}
 
 
 def near(seen: Mapping[int, float], wanted: float) -> bool:

@@ -3,11 +3,11 @@
     python -m tools.evidence.targets [--networks mobilenet_v2,vit_tiny] [--runtimes onnxruntime,openvino]
     python -m tools.evidence.targets --networks resnet56 --data FOLDER --weights resnet56.safetensors --epochs 3
 
-For every runtime, half of the dense latency is planned from a table measured here, and the model is rebuilt: trained
-with WGSEF first where data are given, else by norms alone, since speed does not depend on the weights. Each of these
-models and the dense one is then compiled for every target, shown to compute what PyTorch does, and timed in turns.
-For an Ethos-U the compiler estimates. Rows go into evidence/targets.json; files are kept in --out, and a later call
-goes on from there.
+For every runtime, half of the dense latency is planned from a table measured here; the planned network is measured, and
+the plan made again where that is off, as `espalier run` does. The model is trained with WGSEF where data are given,
+else cut by norms alone, since speed does not depend on the weights, and rebuilt. Each of these models and the dense one
+is compiled for every target, shown to compute what PyTorch does, and timed in turns. For an Ethos-U the compiler
+estimates. Rows go into evidence/targets.json; files are kept in --out, and a later call goes on from there.
 """
 
 import os
@@ -33,6 +33,7 @@ from tools.calibrate import bench, calibrate, random_samples
 from tools.console import Stage
 from tools.evidence.record import add
 from tools.examples import cifar10
+from tools.planning import Brief, Settling
 from tools.targets import DENSE, Row, Target, Variant, Work, gains, table
 from tools.threads import fastest, one_thread
 
@@ -82,8 +83,10 @@ def variant(case: Case, runtime: str, profile: Profile, stage: Stage) -> Variant
         place = bench(model, case.inputs, profile)
         with stage.phase(f"{case.network}: table of {runtime}") as phase, one_thread():
             measured = calibrate(place, progress=phase.step)
-        posed = planner.problem(model, case.inputs, profile, table=measured)
-        posed.solve(case.budget, importance=_importance(case, posed)).save(planned)
+        folder.mkdir(parents=True, exist_ok=True)
+        brief = Brief(model, case.inputs, profile, case.budget, None)
+        settling = Settling(brief, place, measured, stage, folder)
+        settling.plan(_importance(case, settling.posed)).save(planned)
     plan = Plan.load(planned)
     if weights.exists():
         load_into_(model, read(weights), weights)
