@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,6 +31,7 @@ import planner
 from backends import installed
 from backends.weights import load_into_, read
 from planner import Recipe
+from planner.spec import Strength
 from profiles import atomic
 from profiles.errors import EspalierError
 from tools.batches import Data
@@ -66,6 +67,8 @@ class Setting:
     epochs: int
     lr: float
     sparse: float  # share of the steps in which groups shrink
+    total: float  # the sum of the proximal step sizes
+    anneal: float  # share of those steps in which budgets fall to the plan's
     distil: bool
     held_out: bool
 
@@ -118,7 +121,9 @@ class Arena:
         train = Taught(data.train, self.dense, bfloat16=True) if setting.distil else data.train
         course = Course(data, train, setting.recipe, Distillation() if setting.distil else cross_entropy)
         draw = partial(drawn, self.network)
-        contest = Contest(self.dense, self.field.posed, self.field.ours()[0], self.field.importance, draw)
+        strength = Strength(total=setting.total, shrinking=setting.sparse, anneal=setting.anneal)
+        plan = self.field.ours()[0].model_copy(update={"strength": strength})
+        contest = Contest(self.dense, self.field.posed, plan, self.field.importance, draw)
         found = contest.run(method, self.nets[method], course, seed)
         content = {"method": method, "seed": seed, "setting": asdict(setting), "trained": asdict(found)}
         folder = self.field.folder / "runs"
@@ -155,7 +160,7 @@ class Arena:
         found = []
         for run in self.runs():
             setting = run["setting"]
-            if not setting.pop("held_out"):
+            if not setting["held_out"]:
                 row = {"network": self.network, "runtime": runtime, "budget": self.budget, "method": run["method"]}
                 row |= {"seed": run["seed"], **setting, "dense": dense, **run["trained"]}
                 own = measured[run["method"]]
@@ -189,6 +194,8 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 1,
     lr: Annotated[float, typer.Option(min=0)] = 0.04,
     sparse: Annotated[float, typer.Option(help="share of the steps in which groups shrink")] = 0.5,
+    total: Annotated[float, typer.Option(min=0.01, help="of all proximal step sizes: the strength")] = 6.0,
+    anneal: Annotated[float, typer.Option(min=0, max=1, help="share of them in which budgets fall")] = 0.0,
     distil: Annotated[bool, typer.Option("--distil", help="learn from the dense network too")] = False,
     held: Annotated[bool, typer.Option("--held-out", help="test on training images that are set aside")] = False,
     seconds: Annotated[float, typer.Option(min=0.01, help="of timing per network and runtime")] = 1.0,
@@ -197,7 +204,7 @@ def main(
 ) -> None:
     """Make rows of the table."""
     os.environ[cifar10.FOLDER] = str(data)
-    setting, say = Setting(epochs, lr, sparse, distil, held), Console(stderr=True).print
+    setting, say = Setting(epochs, lr, sparse, total, anneal, distil, held), Console(stderr=True).print
     torch.set_num_threads(1)
     for budget in map(float, budgets.split(",")):
         arena = Arena.of(network, runtime, budget, weights, out)
@@ -210,7 +217,7 @@ def main(
                 if (method, seed) not in known:
                     say(f"{budget:g}, seed {seed}, {method}: {arena.train(method, setting, seed)}")
         if until is Until.ROWS and not held:
-            key = ("network", "runtime", "budget", "method", "seed", "epochs", "lr", "sparse", "distil")
+            key = ("network", "runtime", "budget", "method", "seed", *(part.name for part in fields(Setting)))
             add("accuracy", arena.table(seconds), command="python -m tools.evidence.accuracy", key=key)
 
 

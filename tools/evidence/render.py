@@ -14,10 +14,11 @@ import typer
 
 from profiles import atomic
 from profiles.errors import EspalierError
+from tools.evidence.fronts import fronts
 from tools.evidence.record import FOLDER, Evidence, Row, read
 
 README = FOLDER.parent / "README.md"
-_RUN = ("network", "runtime", "budget", "epochs", "method", "sparse", "distil")
+_RUN = ("network", "runtime", "budget", "epochs", "method", "sparse", "total", "anneal", "distil")
 _PLACE = re.compile(r"(<!-- evidence: (\w+) -->\n).*?(<!-- end of evidence -->)", re.S)
 
 
@@ -82,8 +83,8 @@ def accuracy(found: Evidence) -> str:
     for row in found.rows:
         by.setdefault(tuple(row[part] for part in _RUN), []).append(row)
     lines = []
-    for (network, runtime, budget, epochs, method, sparse, distil), rows in sorted(by.items(), key=_by_accuracy):
-        shrinks = f", {sparse:g} of the steps shrink" if rows[0]["zeroed"] is not None else ""
+    for (network, runtime, budget, epochs, method, *how, distil), rows in sorted(by.items(), key=_by_accuracy):
+        shrinks = ", shrinking {:g}, strength {:g}, annealed {:g}".format(*how) if rows[0]["zeroed"] is not None else ""
         place = f"{network} ({_points(rows, 'dense')}), {budget:g} in {runtime}, {epochs} epochs"
         steps = [_points(rows, part) for part in ("before", "at_cut", "recalibrated", "after")]
         speed = [f"{rows[0]['speedup'][name]['value']:.2f}x" for name in runtimes]
@@ -161,6 +162,9 @@ def main(
     after = rendered(before)
     if not check:
         atomic.write_text(README, after)
+        if (FOLDER / "accuracy.json").exists():
+            with atomic.replacing(FOLDER / "accuracy.svg") as temporary:
+                fronts(read("accuracy")).savefig(temporary, format="svg", metadata={"Date": None})
     sys.exit(int(check and before != after))
 
 
