@@ -135,10 +135,7 @@ def test_rivals_end_at_our_measured_latency(
 
     monkeypatch.setattr(nets, "measure_choices", measured)
     monkeypatch.setattr(nets, "STEPS", 24)
-    magnitude = lambda brief, posed, stage: planner.magnitude(brief.model, posed.graph, posed.options(thrifty=True))  # noqa: E731
-    monkeypatch.setattr(nets, "sensitivity", magnitude)
-    monkeypatch.setattr(nets, "contest", lambda brief, posed, importance, stage: importance)
-    field = _field(contest, tmp_path)
+    field = _field(contest, data, tmp_path)
     monkeypatch.setattr(nets.Field, "ours", lambda self: (contest.plan, Net("ours", contest.plan.choice, 0.6, None)))
     found = {net.method: net for net in field.rivals()}
     assert list(found) == [*nets.RIVALS, SIBLING, *nets.ABLATIONS]
@@ -185,13 +182,13 @@ def _probe(choice: Choice, share: float) -> Probe:
     return Probe(**where, latency_s=share, relative=share, ci95_s=(share, share), runs=3)
 
 
-def _field(contest: Contest, folder: Path) -> nets.Field:
+def _field(contest: Contest, data: Data, folder: Path) -> nets.Field:
     from rich.console import Console
 
     from tools.console import Stage
     from tools.planning import Brief
 
-    brief = Brief(contest.dense, contest.posed.graph.example(), contest.posed.profile, 0.5, None)
+    brief = Brief(contest.dense, contest.posed.graph.example(), contest.posed.profile, 0.5, data.train)
     field = nets.Field(brief, None, Stage(Console(quiet=True)), folder)  # type: ignore[arg-type]
     options = contest.posed.options(thrifty=True)
     about = {"posed": contest.posed, "importance": planner.magnitude(contest.dense, contest.posed.graph, options)}

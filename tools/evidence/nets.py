@@ -14,7 +14,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+import planner
 from backends import rebuild
 from backends.weights import read
 from planner import Graph, Importance, LatencyTable, Limits, Plan, Problem
@@ -30,7 +32,7 @@ from tools.rivals import Ranking, kept_of, torch_pruned
 from tools.threads import one_thread
 
 NEAR = 0.03  # of our latency: where a rival's network counts as equally fast
-TRIES = 3
+TRIES = 5
 STEPS = 96  # of torch-pruning's way from the dense network to nothing
 RIVALS = {
     "GroupNorm": Ranking("norm", everywhere=True),
@@ -168,14 +170,9 @@ class Field:
         posed, importance = self.posed, self.importance
         if name == ANY_WIDTH:
             bare = self.brief.profile.model_copy(update={"granularity": ()})
-            brief = replace(self.brief, profile=bare)
-            posed = brief.problem(None)
-            importance = contest(
-                replace(brief, latency=None, limits=Limits(macs=0.5)),
-                posed,
-                sensitivity(brief, posed, self.stage),
-                self.stage,
-            )
+            posed = replace(self.brief, profile=bare).problem(None)
+            options = posed.options(thrifty=True)  # too many to cut each and measure the loss
+            importance = planner.taylor(self.brief.model, posed.graph, options, self.brief.batches, loss=cross_entropy)
         if name == BY_WIDTH:
             importance = replace(importance, blocks=dict.fromkeys(importance.blocks, 1e6))
         for share in SHARES:
