@@ -204,12 +204,13 @@ def run(case: Case, profile: Profile, effort: Effort, *, file: Path | None, stag
 
 def available(runtime: str, stage: Stage) -> Profile | None:
     """Return the profile to measure a runtime with, or of an NPU the one of that name; None, and say why, if absent."""
-    profile = profiles.load(runtime) if runtime in NPUS else profile_for(runtime)
+    npu = profiles.load(runtime) if runtime in NPUS else None
     try:
-        backends.load(profile.runtime.name if profile else runtime).version()
+        backends.load(npu.runtime.name if npu else runtime).version()
     except BackendUnavailable as error:
         stage.say(f"{runtime} is left out: {error}")
         return None
+    profile = npu or profile_for(runtime)
     if profile is None:
         stage.say(f"{runtime} is left out: no fp32 profile of it fits this machine")
     return profile

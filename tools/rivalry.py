@@ -96,11 +96,6 @@ class Contest:
         judge = Judge.of(problem)
         return cls(network, problem, judge, judge.measured(problem.options(thrifty=True)))
 
-    def under(self, table: LatencyTable) -> "Contest":
-        """Return the same with latencies of another table."""
-        problem = self.problem.with_tables([table])
-        return replace(self, problem=problem, judge=replace(self.judge, time=problem.times[problem.profile.id]))
-
     @cached_property
     def passed(self) -> dict[str, list[Choice]]:
         """The networks that each rival passes."""

@@ -16,12 +16,10 @@ from rich.console import Console
 from torch import nn
 
 import backends
-from planner import LatencyTable, problem
-from planner.operations import Choice
 from profiles import Profile, atomic
 from profiles.errors import BackendUnavailable, EspalierError, PlanError
 from tools.bench_latency_model import NETWORKS, profile_for
-from tools.calibrate import Bench, Progress, bench, calibrate, measure_choices, refined
+from tools.calibrate import Bench, bench, calibrate, measure_choices, refined
 from tools.console import Stage
 from tools.threads import one_thread
 
@@ -54,57 +52,35 @@ def cases(networks: str, runtimes: str) -> Iterator[Case]:
             yield from (Case(network, runtime, budget) for budget in BUDGETS)
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """A planned network, with its predicted and its measured fraction of the dense latency."""
-
-    choice: Choice
-    planned: float
-    measured: float
-
-
-Solve = Callable[[LatencyTable], tuple[Choice, float]]  # a network, and its predicted fraction
-
-
-def attempts(
-    place: Bench, table: LatencyTable, budget: float, *, solve: Solve, progress: Progress, near: float = NEAR
-) -> list[Attempt]:
-    """Plan, build and measure; while that misses the budget, refine the table by it and plan again."""
-    found: list[Attempt] = []
-    while True:
-        choice, planned = solve(table)
-        found.append(Attempt(choice, planned, measured(place, choice, progress)))
-        if abs(found[-1].measured / budget - 1) <= near or len(found) > TRIES:
-            return found
-        table, _error = refined(place, table, choice, progress=progress)
-
-
 def tried(case: Case, make: Callable[[], nn.Module], profile: Profile, shape: tuple[int, ...], stage: Stage) -> Any:
     """Plan, build and measure one case; return its tries."""
+    from planner import problem
+
     model, inputs = make().eval(), (torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)),)
     place = bench(model, inputs, profile)
     with stage.phase(f"{case.network} in {case.runtime}: table") as phase, one_thread():
         table = calibrate(place, progress=phase.step)
-
-    def solve(known: LatencyTable) -> tuple[Choice, float]:
-        plan = problem(model, inputs, profile, table=known).solve(case.budget)
-        return plan.choice, plan.predicted.fraction
-
+    tries: list[dict[str, Any]] = []
     with stage.phase(f"{case.key}: plan and measure") as phase, one_thread():
-        found = attempts(place, table, case.budget, solve=solve, progress=phase.step)
-    return [
-        {
-            "planned": each.planned,
-            "measured": each.measured,
-            "of_budget": each.measured / case.budget,
-            "kept": dict(each.choice.keep),
-            "removed": sorted(each.choice.removed),
-        }
-        for each in found
-    ]
+        for _ in range(1 + TRIES):
+            plan = problem(model, inputs, profile, table=table).solve(case.budget)
+            fraction = measured(place, plan.choice, phase.step)
+            tries.append(
+                {
+                    "planned": plan.predicted.fraction,
+                    "measured": fraction,
+                    "of_budget": fraction / case.budget,
+                    "kept": {w.name: w.keep for w in plan.widths},
+                    "removed": sorted(b.name for b in plan.blocks if b.removed),
+                }
+            )
+            if abs(fraction / case.budget - 1) <= NEAR:
+                break
+            table, _error = refined(place, table, plan.choice, progress=phase.step)
+    return tries
 
 
-def measured(place: Bench, choice: Choice, progress: Progress) -> float:
+def measured(place: Bench, choice: Any, progress: Callable[[str, int, int], None]) -> float:
     """Return the latency of a planned network, as a fraction of the dense one's in the same turns."""
     full = place.graph.choice(choice.keep, choice.removed)
     (probe,) = measure_choices(place, [full], progress=progress)

@@ -5,7 +5,7 @@
 torch-pruning narrows ResNet-56 until it has 2.11 and 2.55 times fewer multiply-accumulates (MACs), as in its paper,
 ranking group norms over all layers or keeping one share of each, and MobileNetV2 by shares of its channels; each
 without rounding and with `round_to`. Beside every such network two of ours are planned with the table of the runtime:
-the fastest that has its MACs, and the one that has its measured latency, planned again with a refined table where it is
+the fastest within its MACs, and the one that has its measured latency, planned again with another budget while it is
 off by more than 3 %. All are compiled and timed in turns with the dense network; what is measured is kept in --log as
 soon as it exists, and a later call goes on from there. Norms are drawn as in tools/rivalry.py, unless --weights are
 given; what a network keeps of them is its importance, see tools/rivals.py.
@@ -28,7 +28,7 @@ from backends.weights import load_into_, read
 from planner import LatencyTable, Limits, Problem
 from planner.operations import Choice
 from profiles import Profile, atomic
-from profiles.errors import EspalierError, PlanError
+from profiles.errors import EspalierError
 from tools import outcome, rivals
 from tools.bench_latency_model import NETWORKS, available
 from tools.calibrate import Bench, Progress, bench, calibrate
@@ -38,11 +38,11 @@ from tools.design import off_the_grid
 from tools.evidence.record import add
 from tools.rivalry import Contest, spread
 from tools.threads import one_thread
-from tools.truth import attempts, measured
+from tools.truth import measured
 
 RUNTIMES = "onnxruntime,openvino,executorch,pytorch"
 FINE = 200  # steps of torch-pruning towards a speed-up in MACs
-NEAR = 0.03  # of a measured latency
+NEAR, TRIES = 0.03, 3  # of a measured latency
 SAME, HALVINGS, GAP = 0.02, 5, 1e-3  # of MACs; of the search for the latency at them; of the solver
 Row = dict[str, Any]
 
@@ -147,22 +147,22 @@ class Match:
         return best
 
     def at_latency(self, fraction: float, progress: Progress) -> Choice | None:
-        """Return our network of a measured fraction of the dense latency; None if that is below the floor."""
+        """Return our network of a measured fraction of the dense latency; None if that is below the floor.
+
+        The budget is scaled by what the planned network missed; of all that were measured the nearest is returned.
+        """
         if fraction >= 1:
             return self.contest.problem.graph.dense
-
-        def solve(table: LatencyTable) -> tuple[Choice, float]:
-            own = self.contest.under(table)
-            choice = own.ours(fraction)
-            if choice is None:
-                raise PlanError(f"{fraction:.3g} of the dense latency is below the floor")
-            return choice, own.judge.latency(choice)
-
-        try:
-            tries = attempts(self.place, self.table, fraction, solve=solve, progress=progress, near=NEAR)
-        except PlanError:
-            return None
-        return min(tries, key=lambda each: abs(each.measured / fraction - 1)).choice
+        tried: list[tuple[float, Choice]] = []
+        budget = fraction
+        while len(tried) < TRIES and (not tried or min(off for off, _ in tried) > NEAR):
+            choice = self.contest.ours(min(budget, 1.0))
+            if choice is None or any(choice == own for _, own in tried):
+                break
+            found = measured(self.place, choice, progress)
+            tried.append((abs(found / fraction - 1), choice))
+            budget *= fraction / found
+        return min(tried, key=lambda each: each[0])[1] if tried else None
 
     def row(self, choice: Choice, seconds: float, progress: Progress) -> Row:
         """Measure a recipe's network and ours beside it; return what is kept of it."""

@@ -122,12 +122,12 @@ def macs(found: Evidence) -> str:
         gains.append([*about, *(_beside(own.get(name)) for name in runtimes)])
         kept.append([*about, f"{one['kept']:.0%}", *(_keeping(own.get(name)) for name in runtimes)])
     head = ("network, recipe", "MACs")
-    first = _markdown((*head, *(f"{name}, ours at these MACs" for name in runtimes)), gains)
+    first = _markdown((*head, *(f"{name}, ours within these MACs" for name in runtimes)), gains)
     return first + "\n" + _markdown((*head, "keeps", *(f"ours at its latency in {n}" for n in runtimes)), kept)
 
 
 def _beside(row: Row | None) -> str:
-    """Return the measured speed-up of a recipe and of ours at its MACs, each with its share of that in MACs."""
+    """Return the measured speed-up of a recipe and of ours within its MACs, each with its share of that in MACs."""
     return "-" if row is None else ", ".join(_realised(own) for own in (row, row["same_macs"]))
 
 
