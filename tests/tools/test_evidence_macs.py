@@ -5,24 +5,19 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from torch import nn
 
 import planner
 import profiles
-from planner import LatencyTable
-from planner.candidates import candidates
-from planner.latency import keys
 from planner.operations import Choice
-from profiles.errors import EspalierError
-from tests.planner.nets import table_of
 from tools import calibrate as calibration
-from tools.calibrate import bench
 from tools.console import Stage
 from tools.evidence import macs, record, render
 from tools.evidence.macs import Match, Recipe, Subject
 from tools.examples.resnet import ResNet
+
+from . import tiny
 
 pytest.importorskip("torch_pruning")
 pytest.importorskip("onnxruntime")
@@ -31,26 +26,16 @@ SHAPE = (3, 16, 16)
 QUICK = 0.02
 
 
-def tiny() -> nn.Module:
+def net() -> nn.Module:
     return ResNet(2, (16, 32, 64))
-
-
-def tabled(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> LatencyTable:
-    """Return a table in which a width costs as much as the next multiple of 16."""
-    graph = planner.trace(model, inputs)
-    wanted = keys(graph, candidates(graph, PROFILE))
-    costs = {key: 1e-9 * -(-key[1] // 16) * -(-key[2] // 16) for key in wanted}
-    place = bench(model, inputs, PROFILE).place()
-    about = {name: getattr(place, name) for name in ("runtime_version", "device")}
-    return table_of(graph, costs, profile=PROFILE.id, overhead_s=1e-9).model_copy(update=about)
 
 
 @pytest.fixture
 def subject(monkeypatch: pytest.MonkeyPatch) -> Subject:
     """A small network, and a table without calibrating."""
-    monkeypatch.setitem(macs.NETWORKS, "tiny", (tiny, SHAPE))
+    monkeypatch.setitem(macs.NETWORKS, "tiny", (net, SHAPE))
     monkeypatch.setattr(macs, "available", lambda runtime, _: PROFILE if runtime == "onnxruntime" else None)
-    monkeypatch.setattr(macs, "calibrate", lambda place, *, progress: tabled(place.model, place.inputs))
+    monkeypatch.setattr(macs, "calibrate", lambda place, *, progress: tiny.table(place))
     real = calibration.bench
     monkeypatch.setattr(macs, "bench", lambda *given: real(*given, seconds=QUICK))
     monkeypatch.setattr(calibration, "_TIMED_S", QUICK)
@@ -142,8 +127,8 @@ def test_rows_are_measured_kept_and_not_measured_again(
     stage = Stage(Console(file=told, width=200))
     recipes = (Recipe(0.5), Recipe(1e4, across=True))
 
-    def run() -> list[macs.Row]:
-        return macs.run(subject, ["onnxruntime", "openvino"], recipes, log=log, seconds=QUICK, stage=stage)
+    def run() -> list[record.Row]:
+        return macs.run(subject, ["onnxruntime", "openvino"], recipes, log=record.Log(log), seconds=QUICK, stage=stage)
 
     (row,) = run()
     assert (row["network"], row["recipe"], row["runtime"]) == ("tiny", "uniform 50%", "onnxruntime")
@@ -165,10 +150,3 @@ def test_rows_are_measured_kept_and_not_measured_again(
     assert f"| tiny, uniform 50% | {row['macs_speedup']:.2f}x | {row['speedup']['value']:.2f}x ±" in text
     own = row["same_latency"]
     assert f"| {row['kept']:.0%} | {own['kept']:.0%} at {own['macs_speedup']:.2f}x MACs (" in text
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": {}}'])
-def test_another_file_is_no_log(content: str, tmp_path: Path) -> None:
-    (tmp_path / "log.json").write_text(content)
-    with pytest.raises(EspalierError, match="give another --log FILE"):
-        macs.logged(tmp_path / "log.json")

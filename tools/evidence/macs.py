@@ -11,13 +11,12 @@ soon as it exists, and a later call goes on from there. Norms are drawn as in to
 given; what a network keeps of them is its importance, see tools/rivals.py.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -27,15 +26,14 @@ import planner
 from backends.weights import load_into_, read
 from planner import LatencyTable, Limits, Problem
 from planner.operations import Choice
-from profiles import Profile, atomic
-from profiles.errors import EspalierError
+from profiles import Profile
 from tools import outcome, rivals
 from tools.bench_latency_model import NETWORKS, available
 from tools.calibrate import Bench, Progress, bench, calibrate
 from tools.console import Stage
 from tools.contenders import Contender, built, narrowed, rows, timed
 from tools.design import off_the_grid
-from tools.evidence.record import add
+from tools.evidence.record import Log, Row, add
 from tools.rivalry import Contest, spread
 from tools.threads import one_thread
 from tools.truth import measured
@@ -44,7 +42,6 @@ RUNTIMES = "onnxruntime,openvino,executorch,pytorch"
 FINE = 200  # steps of torch-pruning towards a speed-up in MACs
 NEAR, TRIES = 0.03, 3  # of a measured latency
 SAME, HALVINGS, GAP = 0.02, 5, 1e-3  # of MACs; of the search for the latency at them; of the solver
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -198,23 +195,12 @@ class Match:
         }
 
 
-def logged(log: Path) -> dict[str, Row]:
-    """Return the rows of a log, which need not exist; raises EspalierError if it is none."""
-    try:
-        found = json.loads(log.read_text()) if log.exists() else {}
-    except ValueError as error:
-        raise EspalierError(f"{log} is not JSON ({error}); give another --log FILE") from error
-    if not isinstance(found, dict) or not all(isinstance(row, dict) and "recipe" in row for row in found.values()):
-        raise EspalierError(f"{log} holds no rows of this benchmark; give another --log FILE")
-    return found
-
-
 def run(
-    subject: Subject, runtimes: Sequence[str], recipes: Sequence[Recipe], *, log: Path, seconds: float, stage: Stage
+    subject: Subject, runtimes: Sequence[str], recipes: Sequence[Recipe], *, log: Log, seconds: float, stage: Stage
 ) -> list[Row]:
     """Measure what the log lacks of one network, and return all of it."""
     made: dict[Recipe, Choice | None] = {}
-    found = logged(log)
+    found = log.rows()
     for runtime in runtimes:
         missing = [recipe for recipe in recipes if subject.key(runtime, recipe) not in found]
         profile = available(runtime, stage) if missing else None
@@ -232,8 +218,8 @@ def run(
             with stage.phase(f"{subject.network}, {recipe.name}: {runtime}") as phase, one_thread():
                 row = {**about, "runtime_version": match.table.runtime_version}
                 row |= match.row(choice, seconds, phase.step)
-            found[subject.key(runtime, recipe)] = row
-            atomic.write_text(log, json.dumps(found, indent=1) + "\n")
+            log.keep(subject.key(runtime, recipe), row)
+    found = log.rows()
     return [found[key] for name in runtimes for recipe in recipes if (key := subject.key(name, recipe)) in found]
 
 
@@ -254,7 +240,7 @@ def main(
     torch.set_num_threads(1)
     for name in names:
         wanted = [recipe for recipe in RECIPES[name] if recipes in recipe.name]
-        found = run(Subject(name, weights), runtimes.split(","), wanted, log=log, seconds=seconds, stage=stage)
+        found = run(Subject(name, weights), runtimes.split(","), wanted, log=Log(log), seconds=seconds, stage=stage)
         command, key = "python -m tools.evidence.macs", ("network", "recipe", "runtime")
         add("macs", found, command=command, key=key)
         for row in found:
