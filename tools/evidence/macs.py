@@ -27,7 +27,7 @@ from backends.weights import load_into_, read
 from planner import LatencyTable, Limits, Problem
 from planner.operations import Choice
 from profiles import Profile
-from tools import outcome, rivals
+from tools import outcome
 from tools.bench_latency_model import NETWORKS, available
 from tools.calibrate import Bench, Progress, bench, calibrate
 from tools.console import Stage
@@ -35,11 +35,12 @@ from tools.contenders import Contender, built, narrowed, rows, timed
 from tools.design import off_the_grid
 from tools.evidence.record import Log, Row, add
 from tools.rivalry import Contest, spread
+from tools.rivals import Ranking, kept_of, torch_pruned
 from tools.threads import one_thread
 from tools.truth import measured
 
 RUNTIMES = "onnxruntime,openvino,executorch,pytorch"
-FINE = 200  # steps of torch-pruning towards a speed-up in MACs
+FINE, WHOLE = 200, 0.98  # steps of torch-pruning towards a speed-up in MACs, and the share of channels at their end
 NEAR, TRIES = 0.03, 3  # of a measured latency
 SAME, HALVINGS, GAP = 0.02, 5, 1e-3  # of MACs; of the search for the latency at them; of the solver
 
@@ -64,12 +65,15 @@ class Recipe:
 
     def made(self, posed: Problem) -> Choice | None:
         """Return the network that torch-pruning leaves; None if it ends before it is as small."""
-        graph, share = posed.graph, self.asked if self.asked < 1 else 0.98
-        steps = 1 if self.asked < 1 else FINE
-        path = rivals.group_norm(posed, round_to=self.round_to, across=self.across, share=share, steps=steps)
-        choices = (graph.choice(keep) for keep in path)
-        dense = graph.macs(graph.dense)
-        return next((own for own in choices if self.asked < 1 or dense / graph.macs(own) >= self.asked), None)
+        graph, steps, share = posed.graph, FINE, WHOLE
+        if self.asked < 1:
+            steps, share = 1, self.asked
+        ranking, dense = Ranking("norm", self.across, self.round_to), graph.macs(graph.dense)
+        for model in torch_pruned(posed.model, graph, ranking, steps=steps, share=share):
+            choice = graph.choice(kept_of(graph, model))
+            if self.asked < 1 or dense / graph.macs(choice) >= self.asked:
+                return choice
+        return None
 
 
 def _each(asked: Sequence[float], *, across: Sequence[bool]) -> tuple[Recipe, ...]:
