@@ -146,6 +146,29 @@ def _keeping(row: Row | None) -> str:
     return f"{own['kept']:.0%} at {own['macs_speedup']:.2f}x MACs ({speeds})"
 
 
+def lossless(found: Evidence) -> str:
+    """Return how many images change their class by fixing the support and by cutting: a line for each method."""
+    by: dict[tuple[str, str], list[Row]] = {}
+    for row in found.rows:
+        by.setdefault((row["data"], row["method"]), []).append(row)
+    lines = []
+    for case, rows in by.items():
+        before, fixed, cut, end = (f"{mean(_accuracies(rows, part)):.2f}" for part in _MOMENTS)
+        changed = [f"{sum(row[part] for row in rows)}" for part in _CHANGES]
+        total, groups = (f"{sum(row[part] for row in rows)}" for part in ("images", "groups_cut"))
+        lines.append([", ".join(case), total, before, groups, fixed, changed[0], cut, changed[1], end, changed[2]])
+    head = ("data, method", "images", "before %", "groups zeroed", "support fixed %", "changed", "cut out %", "changed")
+    return _markdown((*head, "trained on %", "changed by cutting out"), lines)
+
+
+_MOMENTS = ("before", "fixed", "rebuilt", "trained")
+_CHANGES = ("changed_by_fixing", "changed_by_rebuild", "changed_in_the_end")
+
+
+def _accuracies(rows: Sequence[Row], part: str) -> list[float]:
+    return [100 * row["accuracy"][part] for row in rows]
+
+
 def _met(row: Row) -> str:
     """Return the fraction of the dense latency in the end, bold if 5 % off its budget, with the plans it took."""
     last = row["tries"][-1]
@@ -175,6 +198,7 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
     "budget": budget,
     "accuracy": accuracy,
     "macs": macs,
+    "lossless": lossless,
 }
 
 
