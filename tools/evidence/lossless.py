@@ -152,7 +152,7 @@ def run(method: Method, start: Start, recipe: Recipe) -> Row:
         "images": len(labels),
         "groups_cut": cutting.cut_groups,
         "kept_groups": int(cutting.kept.sum()),
-        "accuracy": {name: float((own == labels).float().mean()) for name, own in zip(moments, said, strict=True)},
+        "accuracy": {name: int((own == labels).sum()) / len(labels) for name, own in zip(moments, said, strict=True)},
         "changed_by_fixing": int((said[1] != said[2]).sum()),
         "changed_by_rebuild": int((said[2] != said[3]).sum()),
         "changed_in_the_end": int((said[4] != said[5]).sum()),
