@@ -202,20 +202,27 @@ def run(case: Case, profile: Profile, effort: Effort, *, file: Path | None, stag
     return scores(case, place.graph, profile, table, probes)
 
 
+def available(runtime: str, stage: Stage) -> Profile | None:
+    """Return the profile to measure a runtime with, or of an NPU the one of that name; None, and say why, if absent."""
+    npu = profiles.load(runtime) if runtime in NPUS else None
+    try:
+        backends.load(npu.runtime.name if npu else runtime).version()
+    except BackendUnavailable as error:
+        stage.say(f"{runtime} is left out: {error}")
+        return None
+    profile = npu or profile_for(runtime)
+    if profile is None:
+        stage.say(f"{runtime} is left out: no fp32 profile of it fits this machine")
+    return profile
+
+
 def _cases(networks: str, runtimes: str, batches: str, seed: int, stage: Stage) -> list[tuple[Case, Profile]]:
     found = []
     wanted = (each for name in runtimes.split(",") for each in (NPUS if name == "vela" else (name,)))
     for runtime in wanted:
-        npu = profiles.load(runtime) if runtime in NPUS else None
-        try:
-            version = backends.load(npu.runtime.name if npu else runtime).version()
-        except BackendUnavailable as error:
-            stage.say(f"{runtime} is left out: {error}")
+        if (profile := available(runtime, stage)) is None:
             continue
-        profile = npu or profile_for(runtime)
-        if profile is None:
-            stage.say(f"{runtime} is left out: no fp32 profile of it fits this machine")
-            continue
+        version = backends.load(profile.runtime.name).version()
         for network in networks.split(","):
             if network not in NETWORKS:
                 raise typer.BadParameter(f"unknown network {network!r}; known are {', '.join(NETWORKS)}")

@@ -75,6 +75,15 @@ class Method:
     random: bool = False
     decays: bool = True  # weight decay on penalised weights; the convex envelope shrinks them already
 
+    def select(self, cut: "Cutting", norms: Tensor) -> Tensor:
+        """Return the groups to keep, (m,) bool."""
+        generator = torch.Generator().manual_seed(cut.start.seed)
+        return cut.state.select(torch.rand(len(norms), generator=generator) if self.random else norms)
+
+    def before_step(self, cut: "Cutting") -> Callable[..., None] | None:
+        """Return what is done to the gradients before each step of the optimizer, if anything."""
+        return None
+
 
 METHODS = (
     Method("WGSEF de-biased", debiased),
@@ -149,35 +158,69 @@ def quarter(model: nn.Module, inputs: tuple[Tensor, ...]) -> Plan:
     return uniform(model, inputs, keep=0.25)
 
 
+Watch = Callable[[nn.Module], None]
+
+
+class Cutting:
+    """What comes after every step of the optimizer: groups shrink until the support is fixed, and then hold it.
+
+    `before` and `after` are called with the model right before and right after that.
+    """
+
+    def __init__(
+        self, method: Method, start: Start, steps: int, *, before: Watch = lambda _: None, after: Watch = lambda _: None
+    ) -> None:
+        """Prepare to train a copy of the dense model for so many steps."""
+        self.method, self.start, self.model = method, start, copy.deepcopy(start.dense)
+        self.state = pools(start.plan, self.model, start.plan.graph(self.model))
+        self.schedule = Schedule(max(1, round(steps * method.cut_at)))
+        self.kept = torch.ones_like(self.state.pool, dtype=torch.bool)
+        self.cut_groups = self.taken = 0  # that were not zero when the support was fixed
+        self._parameters = dict(self.model.named_parameters())
+        self._before, self._after = before, after
+
+    @torch.no_grad()
+    def __call__(self, *_: object) -> None:
+        """Take the step."""
+        self.taken += 1
+        if self.taken <= self.schedule.steps:
+            self._scale_(self.method.shrink(self._norms(), self.schedule.step_size(self.taken), self.state))
+        if self.taken == self.schedule.steps:
+            self._before(self.model)
+            norms = self._norms()
+            self.kept = self.method.select(self, norms)
+            self.cut_groups = int(((norms > 0) & ~self.kept).sum())
+        if self.taken >= self.schedule.steps:
+            self._scale_(self.kept.to(torch.float32))
+        if self.taken == self.schedule.steps:
+            self._after(self.model)
+
+    def _norms(self) -> Tensor:
+        return self.state.groups.norms(self._parameters)
+
+    def _scale_(self, factors: Tensor) -> None:
+        self.state.groups.scale_(self._parameters, factors)
+
+    def train(self, recipe: Recipe) -> nn.Module:
+        """Train, and return the model with its zeros."""
+        spared = {member.tensor for member in self.state.groups.members if not self.method.decays}
+        before = self.method.before_step(self)
+        loop(self.model, self.start.data, recipe, self, before_step=before, spared=spared)
+        return self.model
+
+
 def trained(method: Method, start: Start, recipe: Recipe) -> Result:
     """Train a copy of the dense model by `method` and rebuild it."""
-    plan, data, model = start.plan, start.data, copy.deepcopy(start.dense)
-    state = pools(plan, model, plan.graph(model))
-    parameters = dict(model.named_parameters())
-    shrinking = max(1, round(recipe.epochs * len(data.train) * method.cut_at))
-    schedule, kept = Schedule(shrinking), torch.ones_like(state.pool, dtype=torch.bool)
-    at_cut, cut, taken = 0.0, 0, 0
+    found: list[float] = []
 
-    def after_step(*_: object) -> None:
-        nonlocal taken, kept, at_cut, cut
-        taken += 1
-        with torch.no_grad():
-            norms = state.groups.norms(parameters)
-            if taken < shrinking:
-                state.groups.scale_(parameters, method.shrink(norms, schedule.step_size(taken), state))
-                return
-            if taken == shrinking:
-                generator = torch.Generator().manual_seed(start.seed)
-                kept = state.select(torch.rand(len(norms), generator=generator) if method.random else norms)
-                cut = int(((norms > 0) & ~kept).sum())
-            state.groups.scale_(parameters, kept.to(norms.dtype))
-        if taken == shrinking:
-            at_cut = planner.accuracy(model, data.test)
+    def look(model: nn.Module) -> None:
+        found.append(planner.accuracy(model, start.data.test))
 
-    spared = {member.tensor for member in state.groups.members if not method.decays}
-    loop(model, data, recipe, after_step, spared=spared)
-    accuracies = [planner.accuracy(each, data.test) for each in (start.dense, rebuild(plan, model))]
-    return Result(method.name, start.seed, accuracies[0], at_cut, accuracies[1], cut, int(kept.sum()))
+    cutting = Cutting(method, start, recipe.epochs * len(start.data.train), after=look)
+    look(start.dense)
+    look(rebuild(start.plan, cutting.train(recipe)))
+    dense, at_cut, rebuilt = found
+    return Result(method.name, start.seed, dense, at_cut, rebuilt, cutting.cut_groups, int(cutting.kept.sum()))
 
 
 def loop(
@@ -186,9 +229,10 @@ def loop(
     recipe: Recipe,
     after_step: Callable[..., None] | None,
     *,
+    before_step: Callable[..., None] | None = None,
     spared: Set[str] = frozenset(),
 ) -> None:
-    """Train as planner.fit does, with another step after the optimizer's, and no weight decay on `spared`."""
+    """Train as planner.fit does, with other steps around the optimizer's, and no weight decay on `spared`."""
     named = dict(model.named_parameters())
     decayed = [{"params": [p for n, p in named.items() if n not in spared]}]
     plain = [{"params": [named[n] for n in sorted(spared)], "weight_decay": 0.0}] if spared else []
@@ -197,6 +241,8 @@ def loop(
     )
     if after_step is not None:
         optimizer.register_step_post_hook(after_step)
+    if before_step is not None:
+        optimizer.register_step_pre_hook(before_step)
     steps = recipe.epochs * len(data.train)
     for epoch in range(recipe.epochs):
         data.train.set_epoch(epoch)

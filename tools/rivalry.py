@@ -6,8 +6,9 @@ networks on its path on both sides of the budget are built and timed in turns wi
 it keeps at the planner's own measured latency lies on the line between its two neighbours.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import median
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import nn
 
 import planner
 import profiles
-from planner import Importance, LatencyTable, Problem, Scope
+from planner import Importance, LatencyTable, Limits, Problem, Scope
 from planner.operations import Choice
 from profiles.errors import PlanError
 from tools import rivals
@@ -79,27 +80,41 @@ class Contest:
     problem: Problem
     judge: Judge
     losses: Importance
-    passed: Mapping[str, Sequence[Choice]]
 
     @classmethod
     def of(cls, network: str, profile: str, table: LatencyTable | None = None) -> "Contest":
-        """Pose it."""
+        """Pose it on a network whose norms are drawn."""
         make, shape = NETWORKS[network]
         model, inputs = spread(make()).eval(), (torch.ones(1, *shape),)
-        problem = planner.problem(model, inputs, profiles.load(profile), table=table, scope=Scope(lossy=True))
-        judge = Judge.of(problem)
-        return cls(network, problem, judge, judge.measured(problem.options()), dict(rivals.paths(judge, problem)))
+        return cls.on(
+            network, planner.problem(model, inputs, profiles.load(profile), table=table, scope=Scope(lossy=True))
+        )
 
-    def ours(self, budget: float) -> Choice | None:
+    @classmethod
+    def on(cls, network: str, problem: Problem) -> "Contest":
+        """Judge a problem."""
+        judge = Judge.of(problem)
+        return cls(network, problem, judge, judge.measured(problem.options(thrifty=True)))
+
+    @cached_property
+    def passed(self) -> dict[str, list[Choice]]:
+        """The networks that each rival passes."""
+        return dict(rivals.paths(self.judge, self.problem))
+
+    @cached_property
+    def _staying(self) -> Importance:
+        """The losses where no block is worth removing."""
+        return replace(self.losses, blocks=dict.fromkeys(self.losses.blocks, 1.0 + len(self.judge.kept)))
+
+    def ours(self, budget: float | None, limits: Limits | None = None) -> Choice | None:
         """Return the planner's network: with blocks removed or without, as it keeps more; None below the floor.
 
         The program adds up what blocks and channels lose, which counts twice what both hold.
         """
-        staying = replace(self.losses, blocks=dict.fromkeys(self.losses.blocks, 1.0 + len(self.judge.kept)))
         found = []
-        for losses in (self.losses, staying):
+        for losses in (self.losses, self._staying):
             try:
-                choice = self.problem.solve(budget, importance=losses).choice
+                choice = self.problem.solve(budget, limits, importance=losses).choice
             except PlanError:
                 return None
             found.append(self.judge.graph.choice(choice.keep, choice.removed))

@@ -156,8 +156,10 @@ class Ranking:
     round_to: int | None = None
 
 
-def torch_pruned(model: nn.Module, graph: Graph, ranking: Ranking, *, steps: int = STEPS) -> Iterator[nn.Module]:
-    """Yield a copy of `model` that torch-pruning narrows further and further; it is the same object each time."""
+def torch_pruned(
+    model: nn.Module, graph: Graph, ranking: Ranking, *, steps: int = STEPS, share: float = 0.98
+) -> Iterator[nn.Module]:
+    """Yield a copy of `model` that torch-pruning narrows until `share` is gone; it is the same object each time."""
     import torch_pruning  # a test extra
 
     logging.getLogger("torch_pruning").setLevel(logging.ERROR)
@@ -175,7 +177,7 @@ def torch_pruned(model: nn.Module, graph: Graph, ranking: Ranking, *, steps: int
             inputs,
             importance=importances[ranking.by](),
             global_pruning=ranking.everywhere,
-            pruning_ratio=0.98,
+            pruning_ratio=share,
             iterative_steps=steps,
             ignored_layers=_outputs(model, inputs),
             round_to=ranking.round_to,

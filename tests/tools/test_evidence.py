@@ -94,3 +94,18 @@ def test_the_readme_holds_what_was_found() -> None:
     text = render.README.read_text()
     assert "<!-- evidence: latency -->" in text
     assert render.rendered(text) == text
+
+
+def test_a_log_keeps_rows_as_they_come(tmp_path: Path) -> None:
+    log = record.Log(tmp_path / "log.json")
+    assert log.rows() == {}
+    for key, value in (("a", 1), ("b", 2), ("a", 3)):
+        log.keep(key, {"value": value})
+    assert record.Log(tmp_path / "log.json").rows() == {"a": {"value": 3}, "b": {"value": 2}}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}'])
+def test_another_file_is_no_log(content: str, tmp_path: Path) -> None:
+    (tmp_path / "log.json").write_text(content)
+    with pytest.raises(EspalierError, match=r"log.json .*; give another --log FILE"):
+        record.Log(tmp_path / "log.json").rows()

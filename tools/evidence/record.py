@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -72,3 +73,24 @@ def add(
     found |= {tuple(row[part] for part in key): {**row, "date": date} for row in rows}
     table = Evidence(command=command, machine=here, rows=list(found.values()))
     atomic.write_text(path, json.dumps(table.model_dump(mode="json"), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Log:
+    """Rows by what they are about, in a file as soon as they exist: a later call goes on with what is missing."""
+
+    path: Path
+
+    def rows(self) -> dict[str, Row]:
+        """Return what is in the file, which need not exist; raises EspalierError if it is no such log."""
+        try:
+            found = json.loads(self.path.read_text()) if self.path.exists() else {}
+        except ValueError as error:
+            raise EspalierError(f"{self.path} is not JSON ({error}); give another --log FILE") from error
+        if not isinstance(found, dict) or not all(isinstance(row, dict) for row in found.values()):
+            raise EspalierError(f"{self.path} holds no rows of a benchmark; give another --log FILE")
+        return found
+
+    def keep(self, key: str, row: Mapping[str, Any]) -> None:
+        """Add a row."""
+        atomic.write_text(self.path, json.dumps({**self.rows(), key: row}, indent=1) + "\n")

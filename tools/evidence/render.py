@@ -109,6 +109,66 @@ def _points(rows: Sequence[Row], part: str) -> str:
     return f"{mean(values):.2f}{spread}"
 
 
+def macs(found: Evidence) -> str:
+    """Return what fewer MACs gain on every runtime, and what ours keep at the same latency: a line for each recipe."""
+    runtimes = list(dict.fromkeys(row["runtime"] for row in found.rows))
+    by: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in found.rows:
+        by.setdefault((row["network"], row["recipe"]), {})[row["runtime"]] = row
+    gains, kept = [], []
+    for case, own in by.items():
+        one = next(iter(own.values()))
+        about = [", ".join(case), f"{one['macs_speedup']:.2f}x"]
+        gains.append([*about, *(_beside(own.get(name)) for name in runtimes)])
+        kept.append([*about, f"{one['kept']:.0%}", *(_keeping(own.get(name)) for name in runtimes)])
+    head = ("network, recipe", "MACs")
+    first = _markdown((*head, *(f"{name}, ours within these MACs" for name in runtimes)), gains)
+    return first + "\n" + _markdown((*head, "keeps", *(f"ours at its latency in {n}" for n in runtimes)), kept)
+
+
+def _beside(row: Row | None) -> str:
+    """Return the measured speed-up of a recipe and of ours within its MACs, each with its share of that in MACs."""
+    return "-" if row is None else ", ".join(_realised(own) for own in (row, row["same_macs"]))
+
+
+def _realised(own: Row | None) -> str:
+    if own is None:
+        return "-"
+    gain = own["speedup"]
+    return f"{gain['value']:.2f}x ±{(gain['high'] - gain['low']) / 2:.2f} ({own['efficiency']:.0%})"
+
+
+def _keeping(row: Row | None) -> str:
+    """Return what ours keeps at the recipe's latency, with both speed-ups and its own in MACs."""
+    if row is None or (own := row["same_latency"]) is None:
+        return "-"
+    speeds = f"{own['speedup']['value']:.2f}x, {row['speedup']['value']:.2f}x"
+    return f"{own['kept']:.0%} at {own['macs_speedup']:.2f}x MACs ({speeds})"
+
+
+def lossless(found: Evidence) -> str:
+    """Return how many images change their class by fixing the support and by cutting: a line for each method."""
+    by: dict[tuple[str, str], list[Row]] = {}
+    for row in found.rows:
+        by.setdefault((row["data"], row["method"]), []).append(row)
+    lines = []
+    for case, rows in by.items():
+        before, fixed, cut, end = (f"{mean(_accuracies(rows, part)):.2f}" for part in _MOMENTS)
+        changed = [f"{sum(row[part] for row in rows)}" for part in _CHANGES]
+        total, groups = (f"{sum(row[part] for row in rows)}" for part in ("images", "groups_cut"))
+        lines.append([", ".join(case), total, before, groups, fixed, changed[0], cut, changed[1], end, changed[2]])
+    head = ("data, method", "images", "before %", "groups zeroed", "support fixed %", "changed", "cut out %", "changed")
+    return _markdown((*head, "trained on %", "changed by cutting out"), lines)
+
+
+_MOMENTS = ("before", "fixed", "rebuilt", "trained")
+_CHANGES = ("changed_by_fixing", "changed_by_rebuild", "changed_in_the_end")
+
+
+def _accuracies(rows: Sequence[Row], part: str) -> list[float]:
+    return [100 * row["accuracy"][part] for row in rows]
+
+
 def _met(row: Row) -> str:
     """Return the fraction of the dense latency in the end, bold if 5 % off its budget, with the plans it took."""
     last = row["tries"][-1]
@@ -137,6 +197,8 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
     "targets": targets,
     "budget": budget,
     "accuracy": accuracy,
+    "macs": macs,
+    "lossless": lossless,
 }
 
 
