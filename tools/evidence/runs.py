@@ -66,7 +66,7 @@ def trained_(
     """Train a model in place from where its checkpoint stands; return what it is rebuilt as, itself without a plan."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
-    name = f"train {checkpoint.stem}"
+    name = f"train {checkpoint.parent.name}"
     with stage.phase(name) as phase, fastest(model, next(iter(data.train))[0]):
         planner.fit(
             model,
