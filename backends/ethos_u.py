@@ -190,8 +190,7 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _bound(compiled: Compiled, arrays: tuple[Array, ...]) -> Bound:
-    # Copies: a program takes one layout, and says nothing of strides of other ones.
-    tensors = tuple(torch.from_numpy(np.array(array, order="C")) for array in arrays)
+    tensors = tuple(map(torch.from_numpy, arrays))
     latest: list[object] = [()]
 
     def run() -> None:

@@ -130,16 +130,23 @@ def _gain(row: Row) -> str:
 def ssl(found: Evidence) -> str:
     """Return the rows of SSL: layers learned, then AlexNet at published sparsities."""
     runtimes = list(dict.fromkeys(name for row in found.rows if row["part"] == "depth" for name in row["speed"]))
-    head = ("layers (training)", "blocks that left", "error before the cut", "rebuilt", "images changed", "SSL's error")
+    head = (
+        "layers (training)",
+        "blocks that left",
+        "error at the start",
+        "before the cut",
+        "rebuilt",
+        "images changed",
+    )
     depth = [_layers(row, runtimes) for row in found.rows if row["part"] == "depth"]
-    tables = [_markdown((*head, *runtimes), depth)] if depth else []
+    tables = [_markdown((*head, "SSL's error", *runtimes), depth)] if depth else []
     alexnet = [row for row in found.rows if row["part"] == "alexnet"]
     return "\n".join([*tables, *([_alexnet(alexnet)] if alexnet else [])])
 
 
 def _layers(row: Row, runtimes: Sequence[str]) -> list[str]:
     published = row["published_error"]
-    errors = [f"{100 * error:.2f} %" for error in (row["before_cut_error"], row["error"])]
+    errors = [f"{100 * error:.2f} %" for error in (row["start_error"], row["before_cut_error"], row["error"])]
     return [
         f"{row['layers']} ({row['how']})",
         ", ".join(f"`{name}`" for name in row["blocks_left"]) or "-",
