@@ -56,6 +56,11 @@ class Job:
     def specs(self) -> tuple[TensorSpec, ...]:
         return specs_of(self.inputs)
 
+    @property
+    def laid_out(self) -> tuple[torch.Tensor, ...]:
+        """The inputs in the layout that compilers for devices expect: a file is made for it, whatever theirs is."""
+        return tuple(x.clone(memory_format=torch.contiguous_format) for x in self.inputs)
+
     @cached_property
     def number(self) -> str:
         """The number format to build; raises BuildError if the profile is not for this runtime, or data is missing."""

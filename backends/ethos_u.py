@@ -50,7 +50,7 @@ class Compiled:
         with TemporaryDirectory(prefix="espalier-") as folder, quietly():
             spec = _spec(accelerator, system_config, memory_mode)
             spec.dump_intermediate_artifacts_to(folder)
-            graph, count = exported(contiguous(job.model), job.inputs)
+            graph, count = exported(contiguous(job.model), job.laid_out)
             lowered = _lowered(graph, job, spec)
             remarks = left_behind(lowered, accelerator, f"the CPU beside the {accelerator}")
             program = copy.deepcopy(lowered.exported_program())  # what follows rewrites it
@@ -159,7 +159,7 @@ def _lowered(graph: Any, job: Job, spec: Any) -> Any:
     quantizer = EthosUQuantizer(spec)
     quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
     try:
-        return lower(quantised_pt2e(graph, quantizer, job.samples), job.inputs, EthosUPartitioner(spec))
+        return lower(quantised_pt2e(graph, quantizer, job.samples), job.laid_out, EthosUPartitioner(spec))
     except SystemExit as error:  # Vela's way to refuse a configuration
         raise BuildError(f"Vela refuses {spec.compiler_flags}; correct the profile's options") from error
 

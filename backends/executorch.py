@@ -5,6 +5,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from backends.artifact import Artifact, TensorSpec
@@ -122,11 +123,11 @@ def _write(job: Job, path: Path) -> Made:
             get_symmetric_quantization_config,
         )
 
-        graph, count = exported(contiguous(job.model), job.inputs)
+        graph, count = exported(contiguous(job.model), job.laid_out)
         if job.number == "int8":
             quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
             graph = quantised_pt2e(graph, quantizer, job.samples)
-        lowered = lower(graph, job.inputs, XnnpackPartitioner())
+        lowered = lower(graph, job.laid_out, XnnpackPartitioner())
         remarks = left_behind(lowered, "XNNPACK", "ExecuTorch's portable kernels, which are slow")
         path.write_bytes(lowered.to_executorch().buffer)
     return Made(count, remarks)
@@ -211,7 +212,8 @@ def _opened(content: bytes, *, specs: tuple[TensorSpec, ...], threads: int) -> S
 
 
 def _bound(program: _Program, arrays: tuple[Array, ...]) -> Bound:
-    tensors = tuple(map(torch.from_numpy, arrays))
+    # Copies: a program takes one layout, and says nothing of strides of other ones.
+    tensors = tuple(torch.from_numpy(np.array(array, order="C")) for array in arrays)
     latest: list[list[Any]] = [[]]
 
     def run() -> None:

@@ -12,13 +12,13 @@ from torch.export import ExportedProgram
 from backends.channels import select, unread
 from backends.equivalence import Proof, proven
 from backends.layers import as_many
-from backends.record import KEPT, PLAN, copied, records
+from backends.record import KEPT, PLAN, REMOVED, copied, records
 from backends.regraph import regraph
 from backends.shapes import crop_where_right, gather
 from backends.surgery import surgery
 from planner.graph import Graph
 from planner.groups import group
-from planner.pools import KIND, excess, flush_, input_channels, structures_of
+from planner.pools import KIND, excess, flush_, input_channels, leaving, structures_of
 from planner.spec import Plan
 from planner.structures import Block, Channel, Depth, Filter, FilterShape, Structure
 from profiles import Profile, load
@@ -46,7 +46,9 @@ def rebuild(plan: Plan, model: nn.Module, *, cases: int = 2, profile: Profile | 
             f"the weights do not meet the plan: {pool} has cost {found:g}, its budget is {budget:g} ({len(over)} such "
             "pools); train for as many steps as the schedule has, or call planner.harden_(plan, model)"
         )
-    dense = cut(crop_where_right(model, graph), graph, support(plan, model, graph), plan.choice.removed)
+    removed = leaving(plan, model, graph)
+    kept = {name: own for name, own in support(plan, model, graph).items() if graph.width[name].block not in removed}
+    dense = cut(crop_where_right(model, graph), graph, kept, removed)
     dense = _shaped(plan, dense, graph, profile)
     flush_(dense)
     proven(graph, model, dense, cases=cases, exact=plan.lossless)
@@ -162,7 +164,7 @@ def cut(
     if not kept and not removed:
         return copied(model)
     dense = _smaller(model, graph, kept, removed, program)
-    vars(dense).update({**records(model), KEPT: dict(kept)})
+    vars(dense).update({**records(model), KEPT: dict(kept), REMOVED: dict.fromkeys(sorted(removed), True)})
     return dense
 
 

@@ -14,8 +14,9 @@ KEPT = "espalier_kept"  # {width: the channels that it keeps}
 CROPPED = "espalier_cropped"  # {weight: per axis of its kernel the first position that stays, and the end}
 GATHERED = "espalier_gathered"  # {weight: which (channel, y, x) of its kernel, cropped, stay}
 SELECTED = "espalier_selected"  # {weight: which of its input channels stay}
+REMOVED = "espalier_removed"  # {block: True} of those that left
 PLAN = "espalier_plan"  # the digest of the plan that it was made by
-_RECORDS = (KEPT, CROPPED, GATHERED, SELECTED)
+_RECORDS = (KEPT, REMOVED, CROPPED, GATHERED, SELECTED)
 
 
 def records(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backends.channels import selected
 from backends.rebuild import cut
-from backends.record import CROPPED, GATHERED, KEPT, PLAN, SELECTED, as_text, read_records
+from backends.record import CROPPED, GATHERED, KEPT, PLAN, REMOVED, SELECTED, as_text, read_records
 from backends.shapes import cropped, gathered
 from planner.graph import Graph
 from planner.spec import Plan
@@ -47,7 +47,8 @@ def load_rebuilt(plan: Plan, model: nn.Module, path: Path | str) -> nn.Module:
     try:
         said = read_records(path)
         model = cropped(model, {_layer(name): own for name, own in said[CROPPED].items()})
-        dense = cut(model, graph, _kept(plan, graph, weights, said[KEPT], path=path), plan.choice.removed)
+        removed = plan.choice.removed | said[REMOVED].keys()
+        dense = cut(model, graph, _kept(plan, graph, weights, said[KEPT], path=path), removed)
         dense = gathered(dense, {_layer(name): own for name, own in said[GATHERED].items()})
         dense = selected(dense, {_layer(name): own for name, own in said[SELECTED].items()})
     except (AssertionError, AttributeError, BuildError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from planner import envelope
 from planner.agreement import Agreement
-from planner.document import with_global_budget
+from planner.document import with_depth_budget, with_global_budget
 from planner.graph import Graph, trace
 from planner.groups import Groups, group
 from planner.importance import Importance, at_random, batchnorm_scale, magnitude, measured, supplied, taylor
@@ -57,6 +57,7 @@ __all__ = [
     "supplied",
     "taylor",
     "trace",
+    "with_depth_budget",
     "with_global_budget",
     "with_structures",
 ]

@@ -158,6 +158,31 @@ def with_global_budget(plan: Plan, model: nn.Module, *, power: Mapping[str, floa
     return plan.model_copy(update={"pools": (pool, *others)})
 
 
+def with_depth_budget(plan: Plan, model: nn.Module, keep: int) -> Plan:
+    """Return the plan with one pool over all blocks that can leave, of which `keep` stay: training decides which.
+
+    a_j is the number of weights that end a block's body, the largest is 1, so that x_j²/a_j compares the mean squares
+    of scales and shifts. `rebuild` drops the blocks that are zero in the end. Raises PlanError if the plan removes
+    blocks itself, or the model has not more than `keep` that can leave.
+    """
+    graph = plan.graph(model)
+    free = [block for block in graph.blocks if not block.frozen]
+    if not 0 < keep < len(free):
+        raise PlanError(f"{len(free)} blocks of the model can leave, of which {keep} cannot stay; keep 1 to fewer")
+    if gone := [block.name for block in plan.blocks if block.removed]:
+        raise PlanError(f"the plan removes {gone[0]} itself; give a plan that keeps all blocks")
+    sizes = [sum(model.get_parameter(name).numel() for name in block.last) for block in free]
+    pool = Pool(
+        name="depth",
+        structure="depth",
+        members=tuple(block.name for block in free),
+        weights=tuple(size / max(sizes) for size in sizes),
+        costs=tuple(1.0 for _ in free),
+        budget=keep,
+    )
+    return plan.model_copy(update={"pools": (*plan.pools, pool)})
+
+
 def shares(plan: Plan) -> bool:
     """Return whether there is anything to share a budget: a width that is narrowed and costs time."""
     return any(0 < w.keep < w.dense and w.cost_s > 0 for w in plan.widths)

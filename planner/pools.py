@@ -233,6 +233,16 @@ def _narrowed(structure: Block, budget: int) -> WidthPlan:
     )
 
 
+def leaving(plan: Plan, model: nn.Module, graph: Graph) -> frozenset[str]:
+    """Return the blocks that leave: those that the plan removes, and those of a shared pool that are zero."""
+    shared = [pool for pool in plan.pools if pool.structure == "depth" and len(pool.members) > 1]
+    structures = [structure for pool in shared for structure in structures_of(pool, model, graph)]
+    if not structures:
+        return plan.choice.removed
+    norms = group(structures, model).norms(dict(model.named_parameters())).tolist()
+    return plan.choice.removed | {each.name for each, norm in zip(structures, norms, strict=True) if norm == 0}
+
+
 def excess(plan: Plan, model: nn.Module, graph: Graph) -> list[tuple[str, float, float]]:
     """Return (pool, cost of its non-zero groups, budget) of every pool above its budget."""
     state = pools(plan, model, graph)

@@ -32,14 +32,13 @@ import planner
 from backends import rebuild
 from backends.weights import load_into_, read
 from planner import Plan, Recipe, envelope
-from planner.document import per_width_pools
 from planner.pools import Pools, pools
 from planner.prox import Schedule
-from planner.spec import BlockPlan, InputSpec, Prediction, Proof, WidthPlan
 from profiles.errors import EspalierError
 from tools.batches import Data
 from tools.examples import cifar10, digits
 from tools.examples.resnet import ResNet
+from tools.given import given
 
 Shrink = Callable[[Tensor, float, Pools], Tensor]  # norms (m,), step size, pools -> factors (m,)
 
@@ -120,37 +119,8 @@ class Result:
 def uniform(model: nn.Module, inputs: tuple[Tensor, ...], *, keep: float) -> Plan:
     """Return the plan that keeps this share of every width inside blocks."""
     graph = planner.trace(model, inputs)
-    sizes = {w.name: (w.size, max(1, round(w.size * keep))) for w in graph.cuttable if not w.is_stream}
-    widths = tuple(
-        WidthPlan(name=name, dense=size, keep=kept, considered=(kept, size), cost_s=0.0)
-        for name, (size, kept) in sizes.items()
-    )
-    blocks = tuple(BlockPlan(name=b.name, removed=False) for b in graph.blocks)
-    choice = graph.choice({w.name: w.keep for w in widths})
-    macs, dense_macs = graph.macs(choice), graph.macs(graph.dense)
-    share = macs / dense_macs
-    return Plan(
-        profile="none",
-        fingerprint=graph.fingerprint,
-        inputs=tuple(InputSpec(shape=shape, dtype=dtype) for shape, dtype in graph.inputs),
-        target_fraction=share,
-        widths=widths,
-        blocks=blocks,
-        pools=per_width_pools(widths, blocks),
-        importance="none",
-        predicted=Prediction(
-            basis="documented",
-            fraction=share,
-            low=share,
-            high=share,
-            expected_error=None,
-            dense_s=None,
-            latency_s=None,
-            macs=macs,
-            dense_macs=dense_macs,
-        ),
-        proof=Proof(status="given", objective=0.0, bound=0.0, gap=0.0),
-    )
+    inner = [width for width in graph.cuttable if not width.is_stream]
+    return given(graph, {width.name: max(1, round(width.size * keep)) for width in inner})
 
 
 def quarter(model: nn.Module, inputs: tuple[Tensor, ...]) -> Plan:

@@ -172,6 +172,16 @@ def test_every_runtime_computes_what_pytorch_computes(runtime: Runtime, case: st
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 3, 8, 8)])
+def test_the_layout_of_inputs_changes_nothing(runtime: Runtime, shape: tuple[int, ...], tmp_path: Path) -> None:
+    model = conv_net().to(memory_format=torch.channels_last).eval()
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    artifact = runtime.build(model, (x,), None, tmp_path / f"model{runtime.SUFFIX}")
+    expected = model(x).detach().numpy()
+    for given in (x, x.contiguous()):
+        np.testing.assert_allclose(runtime.session(artifact, model=model)((given,))[0], expected, rtol=1e-3, atol=1e-4)
+
+
 def test_build_leaves_the_model_as_it_was(
     runtime: Runtime, model: nn.Module, inputs: tuple[Tensor, ...], tmp_path: Path
 ) -> None:

@@ -187,6 +187,108 @@ def _gain(row: Row) -> str:
     return text if row["accuracy"] is None else f"{text}, {100 * row['accuracy']:.1f} %"
 
 
+def ssl(found: Evidence) -> str:
+    """Return the rows of SSL: layers learned, then AlexNet at published sparsities."""
+    runtimes = list(dict.fromkeys(name for row in found.rows if row["part"] == "depth" for name in row["speed"]))
+    head = (
+        "layers (training)",
+        "blocks that left",
+        "error at the start",
+        "before the cut",
+        "rebuilt",
+        "images changed",
+    )
+    depth = [_layers(row, runtimes) for row in found.rows if row["part"] == "depth"]
+    tables = [_markdown((*head, "SSL's error", *runtimes), depth)] if depth else []
+    alexnet = [row for row in found.rows if row["part"] == "alexnet"]
+    return "\n".join([*tables, *([_alexnet(alexnet)] if alexnet else [])])
+
+
+def _layers(row: Row, runtimes: Sequence[str]) -> list[str]:
+    published = row["published_error"]
+    errors = [f"{100 * error:.2f} %" for error in (row["start_error"], row["before_cut_error"], row["error"])]
+    return [
+        f"{row['layers']} ({row['how']})",
+        ", ".join(f"`{name}`" for name in row["blocks_left"]) or "-",
+        *errors,
+        str(row["images_changed"]),
+        "-" if published is None else f"{100 * published:.2f} %",
+        *_speedups(row, runtimes),
+    ]
+
+
+def _alexnet(rows: Sequence[Row]) -> str:
+    """Return the speed-ups of layers, their mean, and those of the network, a line for each pattern and runtime."""
+    by = {(row["case"], row["how"]): row for row in rows}
+    cases, hows = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "how"))
+    layers = {row["case"]: row["published"] for row in rows if "published" in row}
+    wholes = [case for case in cases if case not in layers]
+    head = ["speed-up", *layers, "mean of layers", *wholes]
+    lines = []
+    for label, kind in (("zero filters", "rows"), ("zero columns", "columns")):
+        lines.append([label, *(f"{100 * own[kind]:.1f} %" for own in layers.values()), "-", *["-" for _ in wholes]])
+    for how in hows:
+        reached = [by[case, how]["zero_columns"] for case in layers if "zero_columns" in by.get((case, how), {})]
+        if len(reached) == len(layers):
+            cells = [f"{100 * share:.1f} %" for share in reached]
+            lines.append([f"zero columns as {how}", *cells, "-", *["-" for _ in wholes]])
+    for label, kind in (("SSL, product on a CPU", "cpu"), ("SSL, product on a GPU", "gpu")):
+        lines.append([label, *_means([own[kind] for own in layers.values()]), *["-" for _ in wholes]])
+    for how in hows:
+        for runtime in dict.fromkeys(name for row in rows if row["how"] == how for name in row["speed"]):
+            own = [_value(by.get((case, how)), runtime) for case in layers]
+            rest = [_times(_value(by.get((case, how)), runtime)) for case in wholes]
+            lines.append([f"{how}, {runtime}", *_means(own), *rest])
+    return _markdown(head, lines)
+
+
+def _means(values: Sequence[float | None]) -> list[str]:
+    known = [value for value in values if value is not None]
+    mean = sum(known) / len(known) if known and len(known) == len(values) else None
+    return [*map(_times, values), _times(mean)]
+
+
+def _value(row: Row | None, runtime: str) -> float | None:
+    speedup = ((row or {}).get("speed", {}).get(runtime) or {}).get("speedup")
+    return speedup["value"] if speedup else None
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def wgsef(found: Evidence) -> str:
+    """Return networks at given group sparsities, a line for each run; bold where the level is not reached exactly."""
+    runtimes = list(dict.fromkeys(name for row in found.rows for name in row["speed"]))
+    head = ("network, data (training)", "groups asked", "zero", "accuracy", "images changed", "parameters", "MACs")
+    return _markdown((*head, *runtimes), [_run(row, runtimes) for row in found.rows])
+
+
+def _run(row: Row, runtimes: Sequence[str]) -> list[str]:
+    training = f"{row['form']}, {row['epochs']} epochs of {row['examples']}, seed {row['seed']}"
+    return [
+        f"{row['network']}, {row['data']} ({training})",
+        f"{row['groups_asked']} of {row['groups']}",
+        _bold(str(row["groups_zero"]), not row["level_reached"]),
+        f"{100 * row['accuracy']:.2f} %",
+        str(row["images_changed"]),
+        _times(row["compression"]),
+        _times(row["macs_speedup"]),
+        *_speedups(row, runtimes),
+    ]
+
+
+def _speedups(row: Row, runtimes: Sequence[str]) -> list[str]:
+    """Return by runtime the measured latency and how much faster than dense that is."""
+    return [_latency(row["speed"].get(name)) for name in runtimes]
+
+
+def _latency(speed: Row | None) -> str:
+    if not speed or not speed["measured_s"]:
+        return "-"
+    return f"{1e3 * speed['measured_s']['value']:.3g} ms, {speed['speedup']['value']:.2f}x"
+
+
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rule = [":--", *["--:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
@@ -199,6 +301,8 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
     "accuracy": accuracy,
     "macs": macs,
     "lossless": lossless,
+    "ssl": ssl,
+    "wgsef": wgsef,
 }
 
 
