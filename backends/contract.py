@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from backends.artifact import Artifact, TensorSpec
 from backends.samples import Samples
+from planner.graph import Graph
 from profiles.errors import BuildError
 
 if TYPE_CHECKING:
     from profiles.schema import Profile
 
-__all__ = ["NO_SAMPLES", "Array", "Bound", "Runtime", "Session", "content_for", "flattened"]
+__all__ = ["NO_SAMPLES", "Array", "Bound", "Family", "Narrows", "Runtime", "Session", "content_for", "flattened"]
 
 Array = NDArray[Any]
 NO_SAMPLES = Samples()
@@ -97,6 +98,35 @@ class Runtime(Protocol):
 
         Only `pytorch` needs `model`, the module whose weights its file holds; other files carry their graph.
         """
+
+
+class Family(Protocol):
+    """The networks that one model can become, whose files are made from its own."""
+
+    def build(
+        self, model: torch.nn.Module, path: Path | str, *, kept: Mapping[str, torch.Tensor], removed: frozenset[str]
+    ) -> Artifact:
+        """Write `model`, which `backends.rebuild.cut` made with this `kept` and `removed`, as `Runtime.build` would.
+
+        BuildError, and no file, unless it matches PyTorch, or if this model cannot be made so.
+        """
+
+
+@runtime_checkable
+class Narrows(Protocol):
+    """A runtime for which a file is much sooner narrowed than built, so that many networks can be measured."""
+
+    def family(
+        self,
+        model: torch.nn.Module,
+        inputs: tuple[torch.Tensor, ...],
+        profile: "Profile | None",
+        graph: Graph,
+        *,
+        threads: int = 1,
+        samples: Samples = NO_SAMPLES,
+    ) -> Family:
+        """Build `model`, of which `graph` is the trace; BuildError if its file is of a kind that is not narrowed."""
 
 
 def content_for(runtime: str, artifact: Artifact, *, version: str) -> bytes:

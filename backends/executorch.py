@@ -1,8 +1,11 @@
 """ExecuTorch: XNNPACK on x86 and Arm CPUs, fp32 and int8, and Arm's Ethos-U NPUs through Vela, int8."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,14 +17,18 @@ from backends.contract import NO_SAMPLES, Array, Bound, Session, content_for, fl
 from backends.folding import exported
 from backends.quantisation import contiguous, quantised_pt2e
 from backends.quiet import quietly
+from backends.rebuild import masks_of
 from backends.samples import Inputs, Samples
 from backends.settings import Settings, asked
+from backends.xnnpack import XnnpackProgram
+from planner.graph import Graph
+from planner.operations import Operation
 from profiles.errors import BackendUnavailable, BuildError
 
 if TYPE_CHECKING:
     from profiles.schema import Profile
 
-__all__ = ["EXTRA", "INSTANCES", "NAME", "SUFFIX", "Options", "build", "options_for", "session", "version"]
+__all__ = ["EXTRA", "INSTANCES", "NAME", "SUFFIX", "Options", "build", "family", "options_for", "session", "version"]
 
 NAME = "executorch"
 EXTRA = "pip install 'espalier[executorch]'"
@@ -91,6 +98,64 @@ def build(
         opened=partial(_opened, specs=job.specs, threads=threads),
         settings=options.recorded(),
     )
+
+
+def family(
+    model: torch.nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    profile: "Profile | None",
+    graph: Graph,
+    *,
+    threads: int = 1,
+    samples: Samples = NO_SAMPLES,
+) -> "Family":
+    """Lower `model` once; BuildError if it is for an Ethos-U, in int8, or lowered to what is not known here."""
+    if options_for(profile).delegate != "xnnpack":
+        raise BuildError("files for an Ethos-U are not narrowed; tools.estimates narrows the programs within them")
+    job = Job(NAME, version(), model, inputs, profile, threads, samples)
+    assert job.number == "fp32"  # raises BuildError otherwise
+    with TemporaryDirectory(prefix="espalier-") as folder:
+        path = Path(folder) / f"dense{SUFFIX}"
+        made = _write(job, path)
+        program = XnnpackProgram.load(path.read_bytes())
+    layers = tuple(operation for operation in graph.operations if operation.weight)
+    if [tuple(model.get_parameter(each.weight).shape) for each in layers] != [each.shape for each in program.layers]:
+        raise BuildError("the model's layers are not lowered one to one, so its file is not narrowed")
+    return Family(job, graph, layers, program, made)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one model can become, made from its own file: its layers are those of the graph, in the same order."""
+
+    job: Job
+    graph: Graph
+    layers: tuple[Operation, ...]
+    program: XnnpackProgram
+    made: Made
+
+    def build(
+        self, model: torch.nn.Module, path: Path | str, *, kept: Mapping[str, torch.Tensor], removed: frozenset[str]
+    ) -> Artifact:
+        """Write `model`, which was cut so; BuildError unless it matches PyTorch."""
+        content = self.program.narrowed(self._channels(kept, removed))
+        job = replace(self.job, model=model)
+        opened = partial(_opened, specs=job.specs, threads=job.threads)
+        return job.make(path, write=partial(self._write, content), opened=opened, settings=Options().recorded())
+
+    def _write(self, content: bytes, path: Path) -> Made:
+        path.write_bytes(content)
+        return self.made
+
+    def _channels(self, kept: Mapping[str, torch.Tensor], removed: frozenset[str]) -> list[Any]:
+        """Return which outputs and inputs each layer keeps, None if it has left."""
+        masks, channels = masks_of(self.graph, kept), list[Any]()
+        for layer, program in zip(self.layers, self.program.layers, strict=True):
+            whole = (torch.ones(size, dtype=torch.bool) for size in program.shape[:2])
+            sides = [masks.get((layer.weight, axis), all_) for axis, all_ in enumerate(whole)]
+            present = layer.blocks.isdisjoint(removed)
+            channels.append(tuple(np.flatnonzero(side.numpy()) for side in sides) if present else None)
+        return channels
 
 
 def session(artifact: Artifact, *, threads: int | None = None, model: torch.nn.Module | None = None) -> Session:

@@ -7,33 +7,32 @@ each time with the dense network, whose drift is divided out.
 
 import hashlib
 import json
+import logging
 import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
-import torch
 from platformdirs import user_cache_path
 from torch import Tensor, nn
 
-from backends import Candidate, Measurement, compare, load
-from backends.contract import Runtime
-from backends.rebuild import cut
-from backends.samples import Samples
+from backends import Artifact, Candidate, Measurement, compare, load
+from backends.contract import Family, Narrows, Runtime
 from planner.candidates import candidates
 from planner.graph import Graph, trace
 from planner.latency import ESTIMATE, LatencyTable, Probe, cross_validated, fit, keys
 from planner.operations import Choice
 from profiles import Machine, Profile, atomic
-from profiles.errors import BackendUnavailable, PlanError
+from profiles.errors import BackendUnavailable, BuildError, PlanError
 from tools.design import Options, design, off_the_grid
+from tools.networks import network, present, random_samples
 from tools.place import Place, belongs
-from tools.trimming import selecting, with_kernels
 
 Progress = Callable[[str, int, int], None]
 _TOGETHER = 12  # probes timed in turns with the dense network
@@ -42,6 +41,7 @@ _UNREST, _TIMED_S = 0.03, 15.0  # timed again while 95 % intervals are wider tha
 LIMIT_S = 160.0  # unless asked otherwise, no networks are begun that would take longer in all
 _ENOUGH, _LEAST = 0.01, 48  # mean error on networks left out of the fit, and how many it takes to trust that
 _LONGER = 4
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,20 @@ class Bench:
     def batch(self) -> int:
         """How many examples one run takes."""
         return batch_of(self.inputs)
+
+    @cached_property
+    def family(self) -> Family | None:
+        """What makes the files of what the model can become, where that is faster than to build each."""
+        if not isinstance(self.runtime, Narrows):
+            return None
+        samples = random_samples(self.inputs, self.profile)
+        try:
+            return self.runtime.family(
+                self.model, self.inputs, self.profile, self.graph, threads=self.threads, samples=samples
+            )
+        except BuildError as error:
+            log.info("each network is built, which takes longer than to narrow one: %s", error)
+            return None
 
     def place(self) -> Place:
         """Return where and under which conditions this bench measures."""
@@ -259,42 +273,24 @@ def _probe(choice: Choice, rounds_s: Sequence[float], runs: int, dense_s: float)
 
 def _opened(bench: Bench, choice: Choice, stem: Path, *, times: int = 1) -> list[Candidate]:
     small, path = network(bench.model, bench.graph, choice), stem.with_suffix(bench.runtime.SUFFIX)
-    samples = random_samples(bench.inputs, bench.profile)
     with off_the_grid():
-        artifact = bench.runtime.build(small, bench.inputs, bench.profile, path, threads=bench.threads, samples=samples)
+        artifact = _built(bench, choice, small, path)
     return [
         Candidate.of(bench.runtime, artifact, bench.inputs, label=f"{stem.name}, {n}", model=small)
         for n in range(times)
     ]
 
 
-def network(model: nn.Module, graph: Graph, choice: Choice) -> nn.Module:
-    """Return what `model` becomes under a choice that names every width; which channels stay does not matter here.
-
-    Weights of N:M stay dense, as their zeros make no network smaller.
-    """
-    present = {w.name: torch.arange(choice.keep[w.name]) for w in graph.cuttable if choice.keep[w.name] < w.size}
-    kept = {name: channels for name, channels in present.items() if graph.width[name].block not in choice.removed}
-    return selecting(cut(with_kernels(model, choice), graph, kept, choice.removed), choice)
-
-
-def random_samples(inputs: tuple[Tensor, ...], profile: Profile) -> Samples:
-    """Return inputs to quantise with where the profile wants integers: latency does not depend on their values.
-
-    Parity is shown on one input, as nobody will use these networks.
-    """
-    if not profile.dtype.weights.startswith("int"):
-        return Samples(cases=1)
-    generator = torch.Generator().manual_seed(0)
-    return Samples(
-        calibration=tuple(
-            tuple(
-                torch.randn(x.shape, generator=generator, dtype=x.dtype) if x.is_floating_point() else x for x in inputs
-            )
-            for _ in range(4)
-        ),
-        cases=1,
-    )
+def _built(bench: Bench, choice: Choice, small: nn.Module, path: Path) -> Artifact:
+    """Return the file of a network: narrowed from the dense one's where that is known how, and built otherwise."""
+    trimmed = choice.keep.keys() - bench.graph.width.keys()
+    if not trimmed and (family := bench.family):
+        try:
+            return family.build(small, path, kept=present(bench.graph, choice), removed=choice.removed)
+        except BuildError as error:
+            log.info("%s is built, not narrowed: %s", path.stem, error)
+    samples = random_samples(bench.inputs, bench.profile)
+    return bench.runtime.build(small, bench.inputs, bench.profile, path, threads=bench.threads, samples=samples)
 
 
 def fitted(bench: Bench, probes: Sequence[Probe], options: Options, *, place: Place | None = None) -> LatencyTable:

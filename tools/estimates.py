@@ -32,8 +32,9 @@ from planner.latency import ESTIMATE, Entry, Key, LatencyTable, Probe, rates_of
 from planner.operations import Choice, Operation
 from profiles import Profile, atomic
 from profiles.errors import BuildError
-from tools.calibrate import Bench, Countdown, Progress, cache_path, random_samples
+from tools.calibrate import Bench, Countdown, Progress, cache_path
 from tools.design import design as uneven
+from tools.networks import random_samples
 from tools.place import Place
 
 _UNEVEN, _JUDGES = 40, 6

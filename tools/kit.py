@@ -23,8 +23,9 @@ from planner.graph import Graph, random_input, trace
 from planner.latency import LatencyTable, Probe
 from planner.operations import Choice
 from profiles import BackendUnavailable, PlanError, Profile, atomic, load
-from tools.calibrate import Progress, batch_of, fitted_at, network, random_samples
+from tools.calibrate import Progress, batch_of, fitted_at
 from tools.design import design, off_the_grid
+from tools.networks import network, random_samples
 from tools.place import Place
 
 MANIFEST, RUNNER, RESULTS = "manifest.json", "run.py", "results.json"

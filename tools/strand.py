@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from backends import Candidate, Measurement, compare, load
 from backends.contract import Runtime
 from profiles import Profile
-from tools.calibrate import random_samples
 from tools.design import off_the_grid
+from tools.networks import random_samples
 from tools.staircase import Floats, Point
 
 SHORT, LONG = 2, 8

@@ -25,9 +25,9 @@ from planner.structures import NM, Kernel, kept, ranked
 from planner.trims import Trim, structure_of
 from profiles.errors import PlanError
 from profiles.schema import Where
-from tools.calibrate import network
 from tools.examples.resnet import ResNet
 from tools.explain import reasons
+from tools.networks import network
 
 from .nets import PIXELS, conv, knowing, looking_trained, table_of
 

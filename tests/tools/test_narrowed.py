@@ -11,8 +11,9 @@ import profiles
 from backends.ethos_u import estimated
 from planner.search import candidates
 from profiles.errors import BackendUnavailable
-from tools.calibrate import Bench, bench, network
+from tools.calibrate import Bench, bench
 from tools.examples.resnet import ResNet
+from tools.networks import network
 
 estimates = pytest.importorskip("tools.estimates", reason="pip install 'espalier[ethos-u]'")
 pytest.importorskip("ethosu.vela", reason="Vela is not installed: pip install 'espalier[ethos-u]'")

@@ -29,10 +29,11 @@ from planner import Plan, Recipe
 from profiles import Profile
 from tools.batches import Data
 from tools.bench_latency_model import NETWORKS, profile_for
-from tools.calibrate import bench, calibrate, random_samples
+from tools.calibrate import bench, calibrate
 from tools.console import Stage
 from tools.evidence.record import add
 from tools.examples import cifar10
+from tools.networks import random_samples
 from tools.planning import Brief, Settling
 from tools.targets import DENSE, Row, Target, Variant, Work, gains, table
 from tools.threads import fastest, one_thread
