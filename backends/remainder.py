@@ -218,8 +218,8 @@ class _Graph:
 
     def written(self, data: dict[str, bytes]) -> tuple[Graph, list[Key]]:
         """Return the graph, and the values that the delegate is called with; its constants go into `data`."""
-        inside = lambda key: self.left.dense.values[key].name or key in self.made  # noqa: E731
-        inputs = sorted((key for key in self.entries if not inside(key)), key=self._outside)
+        constant = {key for key in self.entries if self.left.dense.values[key].name}
+        inputs = sorted(self.entries.keys() - constant - self.made, key=self._outside)
         outputs = sorted((key for key in self.made if self.left.readers[key] - {self.call}), key=self._outside)
         constants = [{"offset": 0, "size": 0, "named_key": ""}]
         values = []
@@ -230,7 +230,7 @@ class _Graph:
             if key in inputs or key in outputs:
                 fields["external_id"] = [*inputs, *outputs].index(key)
                 fields["flags"] |= _INPUT if key in inputs else _OUTPUT
-            elif self.left.dense.values[key].name:
+            elif key in constant:
                 name, content = self._constant(key)
                 data[name], fields["constant_buffer_idx"] = content, len(constants)
                 constants.append({"offset": _ELSEWHERE, "size": len(content), "named_key": name})

@@ -114,15 +114,11 @@ class _Narrowing:
             return
         (side,) = (key for key in step.reads if key not in self.gone)
         others = [each for each in self.dense.readers[side] if each is not step and each.makes[0] not in self.gone]
-        before = None if maker is None else self.bounds.get(maker.makes[0], maker.bounds)
-        if (
-            others
-            or maker is None
-            or maker.kind not in _FUSED
-            or maker.scope != step.scope
-            or before not in (None, step.bounds)
-        ):
-            raise BuildError("an activation behind a block that is to leave cannot be fused with what is before it")
+        refused = BuildError("an activation behind a block that is to leave cannot be fused with what is before it")
+        if others or maker is None or maker.kind not in _FUSED or maker.scope != step.scope:
+            raise refused
+        if self.bounds.get(maker.makes[0], maker.bounds) not in (None, step.bounds):
+            raise refused
         self.bounds[maker.makes[0]] = step.bounds
 
     def _read(self, key: Key) -> Key:
