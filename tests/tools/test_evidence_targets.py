@@ -38,6 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     if any(profile_for(name) is None for name in RUNTIMES):
         pytest.skip("no fp32 profiles of ONNX Runtime and PyTorch fit this machine")
     monkeypatch.setitem(NETWORKS, "tiny", (tiny.model, (1, 8, 8)))
+    monkeypatch.setattr(targets, "RUNTIMES", ",".join(RUNTIMES))
     monkeypatch.setattr(targets, "INT8", ())
     monkeypatch.setattr(targets, "calibrate", lambda place, *, progress: tiny.table(place))
     monkeypatch.setattr(planning, "refined", as_predicted)

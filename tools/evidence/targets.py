@@ -164,7 +164,7 @@ def main(
     stage = Stage(Console(stderr=True))
     if data is not None:
         os.environ[cifar10.FOLDER] = str(data)
-    own = {name: profile for name in runtimes.split(",") if (profile := profile_for(name))}
+    own = {name: profile for name in RUNTIMES.split(",") if (profile := profile_for(name))}
     for network in networks.split(","):
         source = cifar10.data() if data is not None and network in ("resnet20", "resnet56") else None
         recipe = Recipe(epochs, lr=0.04, bfloat16=True)
@@ -172,7 +172,7 @@ def main(
         dense = case.dense()
         graph = planner.trace(dense, case.inputs)
         models = [Variant(DENSE, dense, graph.macs(graph.dense), None)]
-        models += [variant(case, name, profile, stage) for name, profile in own.items()]
+        models += [variant(case, name, own[name], stage) for name in runtimes.split(",") if name in own]
         wanted = [
             *(profile.id for profile in own.values()),
             *INT8,
