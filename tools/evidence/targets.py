@@ -101,9 +101,11 @@ def variant(case: Case, runtime: str, profile: Profile, stage: Stage) -> Variant
 
 def _importance(case: Case, posed: planner.Problem) -> planner.Importance:
     if case.data is None:
-        return planner.magnitude(posed.model, posed.graph, posed.options())
+        return planner.magnitude(posed.model, posed.graph, posed.options(thrifty=True))
     batches = [batch for batch, _ in zip(case.data.train, range(4), strict=False)]
-    return planner.taylor(posed.model, posed.graph, posed.options(), batches, loss=nn.functional.cross_entropy)
+    return planner.taylor(
+        posed.model, posed.graph, posed.options(thrifty=True), batches, loss=nn.functional.cross_entropy
+    )
 
 
 def _trained(case: Case, model: nn.Module, plan: Plan, stage: Stage) -> None:
