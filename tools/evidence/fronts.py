@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from tools.evidence.methods import OURS
 from tools.evidence.record import Evidence, Row
 from tools.figures import COLOURS, NORMAL, SMALL
 
-OURS = "WGSEF"  # methods that are drawn in front begin with it
 MARKERS = "osv^Px*hd<>pD"
 
 
@@ -24,7 +24,7 @@ def fronts(found: Evidence) -> Figure:
         for method in dict.fromkeys(row["method"] for row in own):
             points = _points([row for row in own if row["method"] == method], runtime)
             style: dict[str, Any] = {"marker": next(marks), "markersize": 5, "linewidth": 1.0, "label": method}
-            style["color"] = COLOURS["accent" if method.startswith(OURS) else "muted"]
+            style["color"] = COLOURS["accent" if method in OURS else "muted"]
             axes.plot(*zip(*points, strict=True), **style)
         axes.axhline(100 * own[0]["dense"], color=COLOURS["faint"], linewidth=1.0)
         axes.set_title(f"{network}, planned for {runtime}", size=NORMAL, color=COLOURS["ink"])
