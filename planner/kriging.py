@@ -34,6 +34,7 @@ Vector = NDArray[np.float64]
 SLOPE, SMOOTH, OWN = 0.3, 0.15, 0.05  # relative standard deviations of the process
 REACH = 0.7  # doublings of a width over which it is smooth
 NOISE = 0.01  # relative standard deviation of a measured network, beside what its timing tells
+TURN = 0.02  # and of all that were timed in turns with each other
 _COARSE, _RATE, _USUAL = 0.02, 1.0, 0.5  # of a network under the rates alone; of the rates, and their prior mean
 _LEAST = 0.02  # of a rate: what seems to cost nothing may still cost something elsewhere
 
@@ -133,6 +134,19 @@ class Networks:
     counts: Sequence[Counter[Key]]
     times_s: Vector
     spread: Vector  # relative standard deviation of each
+    turns: NDArray[np.int64]  # which were timed in turns with each other: the state of the machine was theirs alike
+
+    def part(self, index: NDArray[np.bool_]) -> "Networks":
+        """Return those where `index` is true."""
+        counts = [count for count, inside in zip(self.counts, index, strict=True) if inside]
+        return Networks(counts, self.times_s[index], self.spread[index], self.turns[index])
+
+    @property
+    def noise(self) -> Vector:
+        """The covariance of the relative errors: of each network its own, and one for all of its turn."""
+        alike = (self.turns[:, None] == self.turns) if len(set(self.turns.tolist())) > 1 else 0.0
+        found: Vector = np.diag(NOISE**2 + self.spread**2) + TURN**2 * alike
+        return found
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,7 @@ def regress(
     cross = [own @ scaled[:, index].T for own, (_, index, _) in zip(before, groups, strict=True)]
     order = np.concatenate([index for _, index, _ in groups])
     joint = np.concatenate(cross)  # covariance of each key with each network
-    factor = cho_factor(scaled[:, order] @ joint + np.diag(NOISE**2 + seen.spread**2))
+    factor = cho_factor(scaled[:, order] @ joint + seen.noise)
     cost = mean + joint @ cho_solve(factor, 1 - overhead_s / times - scaled[:, order] @ mean)
     variance = np.concatenate([own.diagonal() for own in before]) - (joint * cho_solve(factor, joint.T).T).sum(1)
     keys = [names[index] for index in order]

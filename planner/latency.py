@@ -258,10 +258,10 @@ def keys(graph: Graph, candidates: Mapping[str, Sequence[int]]) -> list[Key]:
 
 def fit(graph: Graph, profile: Profile, wanted: Sequence[Key], probes: Sequence[Probe]) -> Fitted:
     """Return what explains the probes: the entries of the `wanted` keys and of all that a probe holds."""
-    counts = [_present(graph, probe.choice) for probe in probes]
-    found = regress(Features(Rules(profile)), _operations(graph, probes), wanted, _seen(graph, probes))
+    networks = _seen(graph, probes)
+    found = regress(Features(Rules(profile)), _operations(graph, probes), wanted, networks)
     seen, runs = Counter[Key](), Counter[Key]()
-    for probe, count in zip(probes, counts, strict=True):
+    for probe, count in zip(probes, networks.counts, strict=True):
         seen.update(count.keys())
         runs.update(dict.fromkeys(count, probe.runs))
     entries = tuple(
@@ -283,7 +283,10 @@ def rates_of(graph: Graph, profile: Profile, cost_s: Mapping[Key, float]) -> dic
     """Return the rates between the costs of single operations, for a table whose entries are known one by one."""
     known = {key: seconds for key, seconds in cost_s.items() if seconds > 0}
     seen = Networks(
-        counts=[Counter([key]) for key in known], times_s=np.array(list(known.values())), spread=np.zeros(len(known))
+        counts=[Counter([key]) for key in known],
+        times_s=np.array(list(known.values())),
+        spread=np.zeros(len(known)),
+        turns=np.zeros(len(known), np.int64),
     )
     found = regress(Features(Rules(profile)), {o.signature: o for o in graph.operations}, (), seen)
     return dict(found.prior.rates)
@@ -291,26 +294,29 @@ def rates_of(graph: Graph, profile: Profile, cost_s: Mapping[Key, float]) -> dic
 
 def cross_validated(graph: Graph, profile: Profile, probes: Sequence[Probe]) -> tuple[float, ...]:
     """Return predicted / measured - 1 of each probe, by fits to the other parts; nothing of too few probes."""
-    errors, features = np.zeros(len(probes)), Features(Rules(profile))
-    operations = _operations(graph, probes)
     if len(probes) < 2 * _PARTS:
         return ()
+    errors, features, seen = np.zeros(len(probes)), Features(Rules(profile)), _seen(graph, probes)
+    operations = _operations(graph, probes)
     for part in range(_PARTS):
         index = np.arange(len(probes)) % _PARTS == part
-        others, judged = ([p for p, out in zip(probes, index, strict=True) if out == mine] for mine in (False, True))
-        counts = [_present(graph, probe.choice) for probe in judged]
-        wanted = list(dict.fromkeys(key for count in counts for key in count))
-        found = regress(features, operations, wanted, _seen(graph, others))
-        seconds = [found.overhead_s + sum(found.cost_s[key] * n for key, n in count.items()) for count in counts]
-        errors[index] = np.array(seconds) / [probe.latency_s for probe in judged] - 1
+        judged = seen.part(index)
+        wanted = list(dict.fromkeys(key for count in judged.counts for key in count))
+        found = regress(features, operations, wanted, seen.part(~index))
+        seconds = [found.overhead_s + sum(found.cost_s[key] * n for key, n in count.items()) for count in judged.counts]
+        errors[index] = np.array(seconds) / judged.times_s - 1
     return tuple(errors.tolist())
 
 
 def _seen(graph: Graph, probes: Sequence[Probe]) -> Networks:
+    """Return the probes as if the dense network had taken the same time beside all of them."""
+    dense_s = np.array([probe.latency_s / probe.relative for probe in probes])
+    middle_s = float(np.median(dense_s))
     return Networks(
         counts=[_present(graph, probe.choice) for probe in probes],
-        times_s=np.array([probe.latency_s for probe in probes]),
+        times_s=middle_s * np.array([probe.relative for probe in probes]),
         spread=np.array([probe.noise for probe in probes]),
+        turns=np.unique(np.round(dense_s / middle_s, 9), return_inverse=True)[1],
     )
 
 

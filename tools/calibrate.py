@@ -17,9 +17,11 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
+from typing import Self
 
 import numpy as np
 from platformdirs import user_cache_path
+from scipy.stats import norm
 from torch import Tensor, nn
 
 from backends import Artifact, Candidate, Measurement, compare, load
@@ -36,7 +38,8 @@ from tools.place import Place, belongs
 
 Progress = Callable[[str, int, int], None]
 _TOGETHER = 12  # probes timed in turns with the dense network
-_DENSE = 2  # instances of the dense network, as all others are relative to it
+_INSTANCES = 2  # of a network, as two openings of one file differ in speed, up to 5 % in OpenVINO
+_DENSE = 2  # times as many of the dense network, as all others are relative to it
 _UNREST, _TIMED_S = 0.03, 15.0  # timed again while 95 % intervals are wider than this share, for no longer
 LIMIT_S = 160.0  # unless asked otherwise, no networks are begun that would take longer in all
 _ENOUGH, _LEAST = 0.01, 48  # mean error on networks left out of the fit, and how many it takes to trust that
@@ -167,7 +170,7 @@ def _measured(
 def _enough(bench: Bench, probes: Sequence[Probe]) -> bool:
     if len(probes) < _LEAST:
         return False
-    errors = cross_validated(bench.graph, bench.profile, _scaled(probes))
+    errors = cross_validated(bench.graph, bench.profile, probes)
     return float(np.abs(errors).mean()) <= _ENOUGH
 
 
@@ -239,44 +242,60 @@ def measure_choices(
         shown = lambda n, m: progress("timing", done + len(wanted) * n // m, total)  # noqa: E731
         rows: list[list[Measurement]] = []
         started = time.monotonic()
-        while not rows or (time.monotonic() - started < _TIMED_S and not _calm(rows[-1])):
+        while not rows or (time.monotonic() - started < _TIMED_S and not _calm(rows)):
             rows.append(compare(timed, seconds=bench.seconds, seed=done + len(rows), progress=shown))
-    rounds = [[s for row in each for s in row.round_medians_s] for each in zip(*rows, strict=True)]
-    dense_s = mean(_undisturbed(own)[0] for own in rounds[:_DENSE])
-    runs = [sum(row.runs for row in each) for each in zip(*rows, strict=True)]
-    each = zip(wanted, rounds[_DENSE:], runs[_DENSE:], strict=True)
-    return [_probe(choice, own, count, dense_s) for choice, own, count in each]
+    found = [_Timed.of(each) for each in zip(*rows, strict=True)]
+    dense_s = mean(own.latency_s for own in found[:_DENSE])
+    apart = float(np.sqrt(np.mean([own.apart**2 for own in found])))  # a few instances tell it of all networks together
+    return [own.probe(choice, dense_s, apart) for choice, own in zip(wanted, found[_DENSE:], strict=True)]
 
 
-def _calm(rows: Sequence[Measurement]) -> bool:
-    return mean((row.latency_s.ci95[1] - row.latency_s.ci95[0]) / row.latency_s.p50 for row in rows) < _UNREST
+def _calm(rows: Sequence[Sequence[Measurement]]) -> bool:
+    found = [_Timed.of(each) for each in zip(*rows, strict=True)]
+    return mean((own.ci95_s[1] - own.ci95_s[0]) / own.latency_s for own in found) < _UNREST
 
 
-def _undisturbed(rounds_s: Sequence[float]) -> tuple[float, float, float]:
-    """Return the lower quartile of the rounds, as what disturbs a machine only adds, with its 95 % interval."""
-    drawn = np.random.default_rng(0).choice(rounds_s, (200, len(rounds_s)))
-    low, high = np.quantile(np.quantile(drawn, 0.25, axis=1), (0.025, 0.975))
-    return float(np.quantile(rounds_s, 0.25)), float(low), float(high)
+@dataclass(frozen=True)
+class _Timed:
+    """What was found of one network: the mean over its instances of their lower quartiles, as disturbances only add."""
 
+    latency_s: float
+    ci95_s: tuple[float, float]  # from the rounds of these instances
+    apart: float  # relative standard error that comes with the choice of instances
+    runs: int
 
-def _probe(choice: Choice, rounds_s: Sequence[float], runs: int, dense_s: float) -> Probe:
-    latency_s, low, high = _undisturbed(rounds_s)
-    return Probe(
-        keep=dict(choice.keep),
-        removed=tuple(sorted(choice.removed)),
-        latency_s=latency_s,
-        relative=latency_s / dense_s,
-        ci95_s=(low, high),
-        runs=runs,
-    )
+    @classmethod
+    def of(cls, rows: Sequence[Measurement]) -> Self:
+        """Take the rounds of all measurements of a network, which its instances took in turns."""
+        several = max(1, len(rows[0].instance_medians_s))
+        rounds = np.array([[s for row in rows for s in row.round_medians_s[own::several]] for own in range(several)])
+        drawn = np.random.default_rng(0).integers(rounds.shape[1], size=(200, rounds.shape[1]))
+        low, high = np.quantile(np.quantile(rounds[:, drawn], 0.25, axis=2).mean(0), (0.025, 0.975))
+        of_each = np.quantile(rounds, 0.25, axis=1)
+        apart = of_each.std(ddof=1) / math.sqrt(several) / of_each.mean() if several > 1 else 0.0
+        return cls(float(of_each.mean()), (float(low), float(high)), float(apart), sum(row.runs for row in rows))
+
+    def probe(self, choice: Choice, dense_s: float, apart: float) -> Probe:
+        """Return what is kept of it, given how far apart instances are."""
+        low, high = self.ci95_s
+        half = norm.ppf(0.975) * apart * self.latency_s
+        return Probe(
+            keep=dict(choice.keep),
+            removed=tuple(sorted(choice.removed)),
+            latency_s=self.latency_s,
+            relative=self.latency_s / dense_s,
+            ci95_s=(min(low, self.latency_s - half), max(high, self.latency_s + half)),
+            runs=self.runs,
+        )
 
 
 def _opened(bench: Bench, choice: Choice, stem: Path, *, times: int = 1) -> list[Candidate]:
     small, path = network(bench.model, bench.graph, choice), stem.with_suffix(bench.runtime.SUFFIX)
     with off_the_grid():
         artifact = _built(bench, choice, small, path)
+    several = min(_INSTANCES, bench.runtime.INSTANCES)
     return [
-        Candidate.of(bench.runtime, artifact, bench.inputs, label=f"{stem.name}, {n}", model=small)
+        Candidate.of(bench.runtime, artifact, bench.inputs, label=f"{stem.name}, {n}", model=small, instances=several)
         for n in range(times)
     ]
 
@@ -302,22 +321,15 @@ def fitted_at(
     place: Place, probes: Sequence[Probe], options: Options, *, graph: Graph, profile: Profile
 ) -> LatencyTable:
     """Fit a table to probes: judged by cross-validation, then fitted to all."""
-    scaled = _scaled(probes)
     return LatencyTable(
         profile=profile.id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         fingerprint=graph.fingerprint,
         probes=tuple(probes),
-        errors=cross_validated(graph, profile, scaled),
-        **fit(graph, profile, keys(graph, options), scaled).model_dump(),
+        errors=cross_validated(graph, profile, probes),
+        **fit(graph, profile, keys(graph, options), probes).model_dump(),
         **place.model_dump(),
     )
-
-
-def _scaled(probes: Sequence[Probe]) -> list[Probe]:
-    """Return the probes as if the dense network had taken the same time beside all of them."""
-    anchor = float(np.median([probe.latency_s / probe.relative for probe in probes]))
-    return [probe.model_copy(update={"latency_s": probe.relative * anchor}) for probe in probes]
 
 
 def refined(bench: Bench, table: LatencyTable, choice: Choice, *, progress: Progress) -> tuple[LatencyTable, float]:

@@ -59,8 +59,8 @@ def _measured_choice(graph: Graph, table: LatencyTable, choice: Choice, *, noise
     return _probe(choice, table.latency(graph, choice) * (1 + noise))
 
 
-def _probe(choice: Choice, seconds: float) -> Probe:
-    about = {"relative": 1.0, "ci95_s": (seconds, seconds), "runs": 1}
+def _probe(choice: Choice, seconds: float, *, dense_s: float = 1e-3) -> Probe:
+    about = {"relative": seconds / dense_s, "ci95_s": (seconds, seconds), "runs": 1}
     return Probe(keep=dict(choice.keep), removed=tuple(sorted(choice.removed)), latency_s=seconds, **about)
 
 
@@ -89,6 +89,28 @@ def test_fitting_recovers_an_additive_cost_model(noise: float, allowed: float) -
     told = cross_validated(graph, nets.anywhere(), probes)
     assert len(told) == len(probes)
     assert np.abs(told).mean() < 2 * allowed
+
+
+def test_what_slowed_all_networks_of_a_turn_is_not_taken_for_their_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = trace(ResNet(2, (16, 24, 32)), INPUTS)
+    profile, options = nets.anywhere(), _inner(graph, nets.anywhere())
+    truth, unseen = table_of(graph, _true_costs(graph, options)), _at_random(graph, options, 40, seed=2)
+    probes = []
+    for turn, slower in enumerate((0.06, -0.05, 0.05, -0.06)):  # beside a dense network of 1.0 to 1.3 ms
+        choices, dense_s = _at_random(graph, options, 10, seed=10 + turn), 1e-3 * (1 + turn / 10)
+        probes += [
+            _probe(choice, truth.latency(graph, choice) * (1 + slower) * dense_s / 1e-3, dense_s=dense_s)
+            for choice in choices
+        ]
+
+    def wrong() -> float:
+        found = table_of(graph, {}, **dict(fit(graph, profile, keys(graph, options), probes)))
+        share = np.array([found.latency(graph, choice) / truth.latency(graph, choice) for choice in unseen])
+        return float(np.abs(share / np.median(share) - 1).mean())
+
+    aware = wrong()
+    monkeypatch.setattr("planner.kriging.TURN", 0.0)
+    assert aware < 0.7 * wrong()
 
 
 # --- widths between those of the table ----------------------------------------------------------------------------

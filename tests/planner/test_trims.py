@@ -226,7 +226,8 @@ def test_a_table_learns_from_a_network_that_was_measured_as_planned() -> None:
     def probe(**keep: int) -> Probe:
         choice = graph.choice(keep)
         latency_s = rules.latency(graph, choice)
-        common = {"relative": 1.0, "ci95_s": (latency_s * 0.999, latency_s * 1.001), "runs": 9, "removed": ()}
+        ci95_s = (latency_s * 0.999, latency_s * 1.001)
+        common = {"relative": latency_s / 1e-3, "ci95_s": ci95_s, "runs": 9, "removed": ()}
         return Probe(keep=dict(choice.keep), latency_s=latency_s, **common)
 
     probes = [probe(**{"layer1.0.conv1": n, "layer3.0.conv1": m}) for n in (2, 4, 8) for m in (2, 4, 8)]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,7 +142,7 @@ def test_table_rules_and_macs_are_scored_beside_each_other(
     file = tmp_path / "scores.json"
     assert run(file, batches="1,2") == 0
     rows = json.loads(file.read_text())["scores"]
-    assert [row["basis"] for row in rows] == ["table", "rules", "macs"] * 2
+    assert [row["basis"] for row in rows] == ["table", "rules", "macs", "again"] * 2
     assert rows[0]["mape"] < 0.02
     assert rows[1]["tau"] > 0.9
     assert rows[2]["mape"] > rows[1]["mape"]
@@ -153,11 +154,35 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(device: Device, tmp_pat
     file = tmp_path / "scores.json"
     run(file, configurations=6)
     run(file, configurations=8)
-    assert device.asked == [6, 2]
+    assert device.asked == [6, 6, 2, 2]
     run(file, configurations=8)
-    assert device.asked == [6, 2]
+    assert device.asked == [6, 6, 2, 2]
     run(file, configurations=8, seed=2)
-    assert device.asked == [6, 2, 8]
+    assert device.asked == [6, 6, 2, 2, 8, 8]
+
+
+def test_two_measurements_count_by_their_mean_and_tell_how_alike_they_are(device: Device, tmp_path: Path) -> None:
+    graph = small()
+    choices = bench.configurations(graph, PROFILE, 6, seed=0)
+    table = device.calibrate(SimpleNamespace(graph=graph), progress=None, limit_s=1.0)
+    first, second = (
+        [
+            Probe(
+                keep=dict(c.keep), removed=tuple(c.removed), latency_s=1.0,
+                relative=by * true_s(graph, c) / true_s(graph, graph.dense), ci95_s=(1.0, 1.0), runs=1,
+            )
+            for c in choices
+        ]
+        for by in (0.9, 1.1)
+    )  # fmt: skip
+    case = bench.Case("small", "onnxruntime", "1", 1, 0)
+    once = {row.basis: row for row in bench.scores(case, graph, PROFILE, table, [first])}
+    twice = {row.basis: row for row in bench.scores(case, graph, PROFILE, table, [first, second])}
+    assert once.keys() == {"table", "rules", "macs"}
+    assert once["table"].mape == pytest.approx(1 / 0.9 - 1, rel=0.05)
+    assert twice["table"].mape < 0.01
+    assert twice["again"].mape == pytest.approx(1 - 0.9 / 1.1, rel=1e-6)
+    assert twice["again"].tau == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("content", "said"), [("[]", "holds no measurements"), ("{", "is not JSON")])

@@ -8,6 +8,7 @@ import pytest
 
 import backends
 import planner
+import profiles
 from backends import Artifact
 from planner import LatencyTable, Plan
 from planner.latency import Probe
@@ -16,7 +17,7 @@ from tools import planning
 from tools.bench_latency_model import NETWORKS, profile_for
 from tools.calibrate import Bench
 from tools.evidence import record, render, targets
-from tools.targets import DENSE, record_of
+from tools.targets import DENSE, Variant, record_of
 
 from . import tiny
 
@@ -44,8 +45,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(planning, "refined", as_predicted)
     monkeypatch.setattr(targets, "add", partial(record.add, folder=tmp_path))
 
-    def rows() -> list[record.Row]:
-        settings = {"budget": 0.6, "data": None, "weights": None, "seconds": 0.02, "npus": False}
+    def rows(only: str = "") -> list[record.Row]:
+        settings = {"budget": 0.6, "data": None, "weights": None, "seconds": 0.02, "npus": False, "only": only}
         targets.main(networks="tiny", runtimes=",".join(RUNTIMES), out=tmp_path / "out", **settings)
         return record.read("targets", tmp_path).rows
 
@@ -56,9 +57,9 @@ def test_plans_for_each_runtime_are_measured_on_all_kept_and_gone_on_with(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, folder = run(), tmp_path / "out" / "tiny"
-    profiles = {name: profile.id for name in RUNTIMES if (profile := profile_for(name))}
+    ids = {name: profile.id for name in RUNTIMES if (profile := profile_for(name))}
     plans = {name: Plan.load(folder / name / "plan.json") for name in RUNTIMES}
-    assert {name: plan.profile for name, plan in plans.items()} == profiles
+    assert {name: plan.profile for name, plan in plans.items()} == ids
     assert all(plan.predicted.fraction <= 0.6 for plan in plans.values())
     assert [(row["plan"], row["runtime"]) for row in rows] == [
         (plan, runtime) for runtime in RUNTIMES for plan in (DENSE, *RUNTIMES)
@@ -78,7 +79,7 @@ def test_plans_for_each_runtime_are_measured_on_all_kept_and_gone_on_with(
 
     text = render.rendered("<!-- evidence: targets -->\n<!-- end of evidence -->", tmp_path)
     first = next(row for row in rows if row["plan"] == RUNTIMES[0])
-    assert f"| network, plan | MACs | `{profiles['onnxruntime']}` | `{profiles['pytorch']}` |\n" in text
+    assert f"| network, plan | MACs | `{ids['onnxruntime']}` | `{ids['pytorch']}` |\n" in text
     assert f"| tiny, half for {RUNTIMES[0]} | {first['mac_speedup']:.2f}x | {first['speedup']['value']:.2f}x |" in text
 
     def never(*_: object, **__: object) -> None:
@@ -91,3 +92,23 @@ def test_plans_for_each_runtime_are_measured_on_all_kept_and_gone_on_with(
     again = run()
     same = ("plan", "target", "macs", "parity", "size_bytes")
     assert [[row[key] for key in same] for row in again] == [[row[key] for key in same] for row in rows]
+
+
+def test_what_is_planned_for_are_runtimes_that_are_here_and_profiles_by_their_ids() -> None:
+    here = profiles.load("x86_64_v4.onnxruntime.fp32")
+    wanted = "onnxruntime,openvino,x86_64_v3.onnxruntime.int8"
+    found = targets._planned(wanted, {"onnxruntime": here})
+    assert {name: profile.id for name, profile in found.items()} == {
+        "onnxruntime": "x86_64_v4.onnxruntime.fp32",
+        "x86_64_v3.onnxruntime.int8": "x86_64_v3.onnxruntime.int8",
+    }
+
+
+def test_some_targets_alone_are_compiled_for(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    profile = profile_for("pytorch")
+    assert profile is not None
+    monkeypatch.setattr(targets, "variant", lambda case, name, *_: Variant(name, case.dense(), 1, None))
+    monkeypatch.setattr(targets, "rows", lambda case, wanted, *_, **__: asked.extend(own.name for own in wanted) or [])
+    assert run(only=profile.id) == []
+    assert asked == [profile.id]

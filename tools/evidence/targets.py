@@ -11,7 +11,7 @@ estimates. Rows go into evidence/targets.json; files are kept in --out, and a la
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import planner
+import profiles
 from backends import Samples, rebuild
 from backends.artifact import Artifact
 from backends.weights import load_into_, read, save
@@ -151,15 +152,22 @@ def entry(case: Case, row: Row) -> dict[str, Any]:
     return {"network": case.network, **kept, "parity": artifact.parity.max_rel, "size_bytes": artifact.size_bytes}
 
 
+def _planned(runtimes: str, own: Mapping[str, Profile]) -> dict[str, Profile]:
+    """Return the profiles to plan for: of the runtimes that are here, and those that are named by their ids."""
+    names = [name for name in runtimes.split(",") if name in own or "." in name]
+    return {name: own[name] if name in own else profiles.load(name) for name in names}
+
+
 def main(
     networks: Annotated[str, typer.Option(help="comma-separated")] = "resnet56,mobilenet_v2,vit_tiny",
-    runtimes: Annotated[str, typer.Option(help="to plan for, comma-separated")] = RUNTIMES,
+    runtimes: Annotated[str, typer.Option(help="to plan for, comma-separated; also ids of profiles")] = RUNTIMES,
     budget: Annotated[float, typer.Option(min=0.05, max=1, help="share of the dense latency")] = 0.5,
     data: Annotated[Path | None, typer.Option(help="folder of CIFAR-10, for the networks that take it")] = None,
     weights: Annotated[Path | None, typer.Option(help="safetensors of the network, with --data")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="of training, with --data")] = 3,
     seconds: Annotated[float, typer.Option(min=0.01, help="of measuring per model and target")] = 2.0,
     npus: Annotated[bool, typer.Option(help="compile for Ethos-U too, where the network is convolutional")] = True,
+    only: Annotated[str, typer.Option(help="of the targets, these ids, comma-separated [default: all]")] = "",
     out: Annotated[Path, typer.Option(help="where plans, weights and files are kept")] = Path("evidence-targets"),
 ) -> None:
     """Plan for every runtime, compile every plan for every target, measure, and keep the rows."""
@@ -174,12 +182,13 @@ def main(
         dense = case.dense()
         graph = planner.trace(dense, case.inputs)
         models = [Variant(DENSE, dense, graph.macs(graph.dense), None)]
-        models += [variant(case, name, own[name], stage) for name in runtimes.split(",") if name in own]
+        models += [variant(case, name, profile, stage) for name, profile in _planned(runtimes, own).items()]
         wanted = [
             *(profile.id for profile in own.values()),
             *INT8,
             *(NPUS if npus and network != "vit_tiny" else ()),
         ]
+        wanted = [name for name in wanted if not only or name in only.split(",")]
         found = rows(case, [Target.of(name) for name in wanted], models, seconds=seconds, stage=stage)
         add(
             "targets",
