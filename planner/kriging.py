@@ -143,9 +143,13 @@ class Networks:
 
     @property
     def noise(self) -> Vector:
-        """The covariance of the relative errors: of each network its own, and one for all of its turn."""
-        alike = (self.turns[:, None] == self.turns) if len(set(self.turns.tolist())) > 1 else 0.0
-        found: Vector = np.diag(NOISE**2 + self.spread**2) + TURN**2 * alike
+        """The covariance of the relative errors: of each network its own, and one for all of its turn.
+
+        One that was timed alone, as a planned network is, counts as it was found.
+        """
+        alike = self.turns[:, None] == self.turns
+        shared = alike & (alike.sum(1) > 1) & ~alike.all()
+        found: Vector = np.diag(NOISE**2 + self.spread**2) + TURN**2 * shared
         return found
 
 

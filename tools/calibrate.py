@@ -21,7 +21,6 @@ from typing import Self
 
 import numpy as np
 from platformdirs import user_cache_path
-from scipy.stats import norm
 from torch import Tensor, nn
 
 from backends import Artifact, Candidate, Measurement, compare, load
@@ -246,8 +245,7 @@ def measure_choices(
             rows.append(compare(timed, seconds=bench.seconds, seed=done + len(rows), progress=shown))
     found = [_Timed.of(each) for each in zip(*rows, strict=True)]
     dense_s = mean(own.latency_s for own in found[:_DENSE])
-    apart = float(np.sqrt(np.mean([own.apart**2 for own in found])))  # a few instances tell it of all networks together
-    return [own.probe(choice, dense_s, apart) for choice, own in zip(wanted, found[_DENSE:], strict=True)]
+    return [own.probe(choice, dense_s) for choice, own in zip(wanted, found[_DENSE:], strict=True)]
 
 
 def _calm(rows: Sequence[Sequence[Measurement]]) -> bool:
@@ -261,7 +259,6 @@ class _Timed:
 
     latency_s: float
     ci95_s: tuple[float, float]  # from the rounds of these instances
-    apart: float  # relative standard error that comes with the choice of instances
     runs: int
 
     @classmethod
@@ -272,19 +269,16 @@ class _Timed:
         drawn = np.random.default_rng(0).integers(rounds.shape[1], size=(200, rounds.shape[1]))
         low, high = np.quantile(np.quantile(rounds[:, drawn], 0.25, axis=2).mean(0), (0.025, 0.975))
         of_each = np.quantile(rounds, 0.25, axis=1)
-        apart = of_each.std(ddof=1) / math.sqrt(several) / of_each.mean() if several > 1 else 0.0
-        return cls(float(of_each.mean()), (float(low), float(high)), float(apart), sum(row.runs for row in rows))
+        return cls(float(of_each.mean()), (float(low), float(high)), sum(row.runs for row in rows))
 
-    def probe(self, choice: Choice, dense_s: float, apart: float) -> Probe:
-        """Return what is kept of it, given how far apart instances are."""
-        low, high = self.ci95_s
-        half = norm.ppf(0.975) * apart * self.latency_s
+    def probe(self, choice: Choice, dense_s: float) -> Probe:
+        """Return what is kept of it."""
         return Probe(
             keep=dict(choice.keep),
             removed=tuple(sorted(choice.removed)),
             latency_s=self.latency_s,
             relative=self.latency_s / dense_s,
-            ci95_s=(min(low, self.latency_s - half), max(high, self.latency_s + half)),
+            ci95_s=self.ci95_s,
             runs=self.runs,
         )
 
