@@ -12,7 +12,7 @@ from planner.groups import group
 from planner.importance import Importance
 from planner.latency import Costs, forecast
 from planner.operations import Choice
-from planner.resources import Resource
+from planner.resources import Resource, Term
 from planner.spec import BlockPlan, InputSpec, LimitPlan, Plan, Pool, Proof, TrimPlan, WidthPlan, canonical
 from planner.structures import Filter
 from planner.trims import Trim
@@ -95,20 +95,21 @@ class Document:
 
     def _seconds(self, name: str, choice: Choice) -> list[float]:
         """Return the latency with each candidate of a width, all else as chosen; the block around it stays."""
-        (terms,) = self.time.sums
         block = self.graph.part[name].block
         chosen = self.graph.choice(choice.keep, choice.removed - {block or ""})
-        touched = [term for term in terms if any(name == own for e in term.extents for own, _ in e.parts)]
         gone = [own for own in self.options if own != name and not choice.keep[own]]  # priced as if dense
         full = self.graph.choice({**chosen.keep, **{own: self.graph.part[own].size for own in gone}}, chosen.removed)
 
-        def of(count: int) -> float:
+        def of(terms: Sequence[Term], count: int) -> float:
             trial = Choice({**full.keep, name: count}, full.removed)
-            return sum(term.under(trial) for term in touched)
+            return sum(term.under(trial) for term in terms)
 
-        now = choice.keep[name]
-        base = self.time.under(self.graph.choice(choice.keep, choice.removed)) - (of(now) if now else 0.0)
-        return [base + of(count) for count in self.options[name]]
+        now, whole, found = choice.keep[name], self.graph.choice(choice.keep, choice.removed), []
+        for terms in self.time.sums:
+            touched = [term for term in terms if any(name == own for e in term.extents for own, _ in e.parts)]
+            rest = sum(term.under(whole) for term in terms) - (of(touched, now) if now else 0.0)
+            found.append([rest + of(touched, count) for count in self.options[name]])
+        return [self.time.constant + max(each) for each in zip(*found, strict=True)]
 
 
 def _marginal(counts: Sequence[int], seconds: Sequence[float], kept: int) -> float:

@@ -94,6 +94,11 @@ class Graph:
         """Return the multiply-accumulates of one run under a choice."""
         return sum(operation.macs(choice) for operation in self.operations)
 
+    def weights(self, choice: Choice) -> int:
+        """Return how many weights the operations hold under a choice."""
+        under = (operation.under(choice) for operation in self.operations if operation.present(choice))
+        return sum(made.weights(inputs, outputs) for made, inputs, outputs in under)
+
 
 def trace(
     model: nn.Module, inputs: tuple[Tensor, ...], *, lossy: bool = False, program: ExportedProgram | None = None

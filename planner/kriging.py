@@ -1,6 +1,7 @@
 """What operations cost, from the latency of whole networks: regression with a Gaussian process, as in kriging.
 
-A network takes the overhead c0 plus the sum of its operations' costs. With a = (operation, input width, output width),
+A network of W weights takes the overhead c0, the sum of its operations' costs, and what weights take that no cache
+keeps from one run to the next, Σ_j ρ_j max(0, W - RELOADS_j). With a = (operation, input width, output width),
 
     c ~ GP(m, k),   m(a) = Σ_f r_f x_f(a),
     k(a, b) = SLOPE² Σ_f r_f² x_f(a) x_f(b) + m(a) m(b) ([same class] SMOOTH² exp(-d²/2 REACH²) + OWN² [a = b])
@@ -8,8 +9,8 @@ A network takes the overhead c0 plus the sum of its operations' costs. With a = 
 
 where x_f are the seconds that a device at its peak spends on the work, the work after the profile's rounding, the bytes
 and the launch; a class is which of the profile's quanta the widths are multiples of, and has its own rates; d is
-the distance of two pairs of widths in doublings. The rates r ≥ 0 and c0 come first, from non-negative least squares
-over all networks; then the process explains what they leave: each operation's own rates and its own steps.
+the distance of two pairs of widths in doublings. The rates r ≥ 0, ρ ≥ 0 and c0 come first, from non-negative least
+squares over all networks; then the process explains what they leave: each operation's own rates and its own steps.
 Measured networks are linear in c, so that the posterior is exact (Rasmussen and Williams 2006, chapter 2), and holds
 for every width, measured or not. The errors of networks that were timed in turns share a part, of deviation TURN, as
 the state of the machine was theirs alike. The constants were chosen once, by the likelihood of calibrations of five
@@ -37,6 +38,8 @@ SLOPE, SMOOTH, OWN = 0.3, 0.15, 0.05  # relative standard deviations of the proc
 REACH = 0.7  # doublings of a width over which it is smooth
 NOISE = 0.01  # relative standard deviation of a measured network, beside what its timing tells
 TURN = 0.02  # and of all that were timed in turns with each other
+SURE = 0.001  # of the dense network, which is what the others are relative to
+RELOADS = (2e6, 8e6, 32e6)  # bytes of weights: between them lie the sizes of caches
 _COARSE, _RATE, _USUAL = 0.02, 1.0, 0.5  # of a network under the rates alone; of the rates, and their prior mean
 _LEAST = 0.02  # of a rate: what seems to cost nothing may still cost something elsewhere
 
@@ -137,11 +140,12 @@ class Networks:
     times_s: Vector
     spread: Vector  # relative standard deviation of each
     turns: NDArray[np.int64]  # which were timed in turns with each other: the state of the machine was theirs alike
+    weights: Vector  # how many each holds
 
     def part(self, index: NDArray[np.bool_]) -> "Networks":
         """Return those where `index` is true."""
         counts = [count for count, inside in zip(self.counts, index, strict=True) if inside]
-        return Networks(counts, self.times_s[index], self.spread[index], self.turns[index])
+        return Networks(counts, self.times_s[index], self.spread[index], self.turns[index], weights=self.weights[index])
 
     @property
     def noise(self) -> Vector:
@@ -150,19 +154,27 @@ class Networks:
         One that was timed alone, as a planned network is, counts as it was found.
         """
         alike = self.turns[:, None] == self.turns
-        shared = alike & (alike.sum(1) > 1) & ~alike.all()
-        found: Vector = np.diag(NOISE**2 + self.spread**2) + TURN**2 * shared
+        shared = alike & (alike.sum(1) > 1)
+        found: Vector = np.diag(self.spread**2) + TURN**2 * shared
         return found
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the networks say: the overhead, the prior, and each key's cost with its standard deviation."""
+    """What the networks say: the overhead, what reloads take, the prior, and each key's cost with its deviation."""
 
     overhead_s: float
+    reloads: dict[float, float]  # weights that are kept at most -> seconds for each weight beyond
     prior: Prior
     cost_s: dict[Key, float]
     spread_s: dict[Key, float]
+
+    def latency_s(self, networks: Networks) -> Vector:
+        """Return what networks take whose keys are all known."""
+        costs = np.array([sum(self.cost_s[key] * n for key, n in count.items()) for count in networks.counts])
+        again = _beyond(networks.weights, list(self.reloads)) @ np.array(list(self.reloads.values()))
+        found: Vector = self.overhead_s + again + costs
+        return found
 
 
 def regress(
@@ -176,7 +188,8 @@ def regress(
     matrix = np.array([[count[key] for key in names] for count in seen.counts], float)
     times = seen.times_s
     held = int(np.count_nonzero(matrix.any(0)))  # these come first
-    overhead_s, prior = _rates(features, operations, names[:held], matrix[:, :held], seen)
+    overhead_s, reloads, prior = _rates(features, operations, names[:held], matrix[:, :held], seen)
+    apart = overhead_s + _beyond(seen.weights, list(reloads)) @ np.array(list(reloads.values()))
     scaled = matrix / times[:, None]
     groups = list(_groups(names, operations))
     mean = np.concatenate([prior.mean(operation, at) for operation, _, at in groups])
@@ -185,11 +198,12 @@ def regress(
     order = np.concatenate([index for _, index, _ in groups])
     joint = np.concatenate(cross)  # covariance of each key with each network
     factor = cho_factor(scaled[:, order] @ joint + seen.noise)
-    cost = mean + joint @ cho_solve(factor, 1 - overhead_s / times - scaled[:, order] @ mean)
+    cost = mean + joint @ cho_solve(factor, 1 - apart / times - scaled[:, order] @ mean)
     variance = np.concatenate([own.diagonal() for own in before]) - (joint * cho_solve(factor, joint.T).T).sum(1)
     keys = [names[index] for index in order]
     return Posterior(
         overhead_s=overhead_s,
+        reloads={kept: seconds for kept, seconds in reloads.items() if seconds > 0},
         prior=prior,
         cost_s=dict(zip(keys, np.maximum(cost, 0.0).tolist(), strict=True)),
         spread_s=dict(zip(keys, np.sqrt(np.maximum(variance, 0.0)).tolist(), strict=True)),
@@ -213,8 +227,8 @@ def _rates(
     names: Sequence[Key],
     matrix: Vector,
     seen: Networks,
-) -> tuple[float, Prior]:
-    """Return the overhead and the rates that explain the networks best, all non-negative."""
+) -> tuple[float, dict[float, float], Prior]:
+    """Return the overhead, the reloads and the rates that explain the networks best, all non-negative."""
     rules, times = features.rules, seen.times_s
     rows = [features.of(operations[key[0]], key[1], key[2]) for key in names]
     ideal_s = np.array([rules.seconds(rules.load(operations[key[0]], key[1], key[2])) for key in names])
@@ -222,10 +236,20 @@ def _rates(
     unit = {name: speed for row in rows for name in row} | {"launch": speed * 0.02 * float(ideal_s.mean())}
     table = np.array([[row.get(name, 0.0) * seconds for name, seconds in unit.items()] for row in rows])
     overhead_s = 0.02 * float(times.max())
+    kept = [size / rules.weight_bytes for size in RELOADS]
+    reload_s = speed * rules.weight_bytes / rules.balance.weight_bytes_per_s  # of a weight
+    again = _beyond(seen.weights, kept) * reload_s
     weight = 1 / np.hypot(_COARSE, seen.spread)
-    data = np.column_stack([np.full(len(times), overhead_s), matrix @ table]) * (weight / times)[:, None]
-    size = data.shape[1]
-    goal = np.concatenate([weight, np.full(size, _USUAL / _RATE)])
-    found = nnls(np.vstack([data, np.eye(size) / _RATE]), goal)[0]
-    rates = np.maximum(found[1:], _LEAST) * np.array(list(unit.values()))
-    return overhead_s * float(found[0]), Prior(features, dict(zip(unit, rates.tolist(), strict=True)))
+    data = np.column_stack([again, np.full(len(times), overhead_s), matrix @ table]) * (weight / times)[:, None]
+    usual = np.concatenate([np.zeros(len(kept)), np.full(1 + len(unit), _USUAL)])  # most networks fit into caches
+    goal = np.concatenate([weight, usual / _RATE])
+    found = nnls(np.vstack([data, np.eye(len(usual)) / _RATE]), goal)[0]
+    reloads, overhead, rates = np.split(found, [len(kept), len(kept) + 1])
+    prior = Prior(features, dict(zip(unit, (np.maximum(rates, _LEAST) * list(unit.values())).tolist(), strict=True)))
+    return overhead_s * float(overhead[0]), dict(zip(kept, (reloads * reload_s).tolist(), strict=True)), prior
+
+
+def _beyond(weights: Vector, kept: Sequence[float]) -> Vector:
+    """Return how many weights of each network are beyond each number of `kept`."""
+    found: Vector = np.maximum(weights[:, None] - np.array(kept), 0.0)
+    return found

@@ -1,7 +1,8 @@
 """Latency of a choice: from a table measured on the device, or in ratios from the profile's documented rules.
 
-The table holds one entry per (operation, input channels, output channels): what the operation adds inside a network. It
-is fitted to whole networks that were measured (probes), see planner.kriging. Widths that it lacks cost what the same
+The table holds one entry per (operation, input channels, output channels): what the operation adds inside a network;
+and what weights add that are too many for a cache to keep from run to run, which no operation decides alone. It is
+fitted to whole networks that were measured (probes), see planner.kriging. Widths that it lacks cost what the same
 process says of them, so that a step of the device stays a step between two entries. How far it is off on networks
 that it was not fitted to is known from cross-validation: a part of the probes is left out of the fit in turn.
 """
@@ -22,7 +23,7 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from planner.graph import Graph
-from planner.kriging import Features, Key, Networks, Prior, regress
+from planner.kriging import NOISE, SURE, Features, Key, Networks, Prior, regress
 from planner.operations import Choice, Operation
 from planner.roofline import EXPECTED_ERROR, Rules
 from planner.spec import Prediction, canonical, read
@@ -89,10 +90,18 @@ class Probe(_Part):
         return Choice(self.keep, frozenset(self.removed))
 
 
+class Reload(_Part):
+    """What each weight adds beyond as many as a cache keeps from one run to the next."""
+
+    beyond: Annotated[float, Field(ge=0)]  # weights
+    each_s: Annotated[float, Field(ge=0)]
+
+
 class Fitted(_Part):
-    """What explains the probes: the overhead of a run, the rates of the prior, and the entries."""
+    """What explains the probes: the overhead of a run, reloads, the rates of the prior, and the entries."""
 
     overhead_s: Annotated[float, Field(ge=0)]
+    reloads: tuple[Reload, ...] = ()
     rates: dict[str, float]  # see planner.kriging
     entries: tuple[Entry, ...]
 
@@ -189,7 +198,8 @@ class LatencyTable(Fitted):
     def latency(self, graph: Graph, choice: Choice) -> float:
         """Return the predicted seconds of one run under `choice`."""
         present = (o for o in graph.operations if o.present(choice))
-        return self.overhead_s + sum(self.cost(*o.under(choice)) for o in present)
+        again_s = sum(reload.each_s * max(0.0, graph.weights(choice) - reload.beyond) for reload in self.reloads)
+        return self.overhead_s + again_s + sum(self.cost(*o.under(choice)) for o in present)
 
     @property
     def sha256(self) -> str:
@@ -261,7 +271,7 @@ def fit(graph: Graph, profile: Profile, wanted: Sequence[Key], probes: Sequence[
     networks = _seen(graph, probes)
     found = regress(Features(Rules(profile)), _operations(graph, probes), wanted, networks)
     seen, runs = Counter[Key](), Counter[Key]()
-    for probe, count in zip(probes, networks.counts, strict=True):
+    for probe, count in zip(probes, networks.counts[:-1], strict=True):
         seen.update(count.keys())
         runs.update(dict.fromkeys(count, probe.runs))
     entries = tuple(
@@ -276,7 +286,12 @@ def fit(graph: Graph, profile: Profile, wanted: Sequence[Key], probes: Sequence[
         )
         for key, seconds in found.cost_s.items()
     )
-    return Fitted(overhead_s=found.overhead_s, rates=dict(found.prior.rates), entries=entries)
+    return Fitted(
+        overhead_s=found.overhead_s,
+        reloads=tuple(Reload(beyond=kept, each_s=seconds) for kept, seconds in found.reloads.items()),
+        rates=dict(found.prior.rates),
+        entries=entries,
+    )
 
 
 def rates_of(graph: Graph, profile: Profile, cost_s: Mapping[Key, float]) -> dict[str, float]:
@@ -285,8 +300,9 @@ def rates_of(graph: Graph, profile: Profile, cost_s: Mapping[Key, float]) -> dic
     seen = Networks(
         counts=[Counter([key]) for key in known],
         times_s=np.array(list(known.values())),
-        spread=np.zeros(len(known)),
-        turns=np.zeros(len(known), np.int64),
+        spread=np.full(len(known), NOISE),
+        turns=np.arange(len(known)),
+        weights=np.zeros(len(known)),
     )
     found = regress(Features(Rules(profile)), {o.signature: o for o in graph.operations}, (), seen)
     return dict(found.prior.rates)
@@ -296,27 +312,30 @@ def cross_validated(graph: Graph, profile: Profile, probes: Sequence[Probe]) -> 
     """Return predicted / measured - 1 of each probe, by fits to the other parts; nothing of too few probes."""
     if len(probes) < 2 * _PARTS:
         return ()
-    errors, features, seen = np.zeros(len(probes)), Features(Rules(profile)), _seen(graph, probes)
+    features, seen = Features(Rules(profile)), _seen(graph, probes)
     operations = _operations(graph, probes)
+    parts = np.append(np.arange(len(probes)) % _PARTS, -1)  # the dense network is always known
+    errors = np.zeros(len(parts))
     for part in range(_PARTS):
-        index = np.arange(len(probes)) % _PARTS == part
-        judged = seen.part(index)
+        judged = seen.part(parts == part)
         wanted = list(dict.fromkeys(key for count in judged.counts for key in count))
-        found = regress(features, operations, wanted, seen.part(~index))
-        seconds = [found.overhead_s + sum(found.cost_s[key] * n for key, n in count.items()) for count in judged.counts]
-        errors[index] = np.array(seconds) / judged.times_s - 1
-    return tuple(errors.tolist())
+        found = regress(features, operations, wanted, seen.part(parts != part))
+        errors[parts == part] = found.latency_s(judged) / judged.times_s - 1
+    return tuple(errors[:-1].tolist())
 
 
 def _seen(graph: Graph, probes: Sequence[Probe]) -> Networks:
-    """Return the probes as if the dense network had taken the same time beside all of them."""
+    """Return the probes as if the dense network had taken the same time beside all of them, and last that one."""
     dense_s = np.array([probe.latency_s / probe.relative for probe in probes])
     middle_s = float(np.median(dense_s))
+    turns = np.unique(np.round(dense_s / middle_s, 9), return_inverse=True)[1]
+    choices = [*(probe.choice for probe in probes), graph.dense]
     return Networks(
-        counts=[_present(graph, probe.choice) for probe in probes],
-        times_s=middle_s * np.array([probe.relative for probe in probes]),
-        spread=np.array([probe.noise for probe in probes]),
-        turns=np.unique(np.round(dense_s / middle_s, 9), return_inverse=True)[1],
+        counts=[_present(graph, choice) for choice in choices],
+        times_s=middle_s * np.array([*(probe.relative for probe in probes), 1.0]),
+        spread=np.array([*(float(np.hypot(NOISE, probe.noise)) for probe in probes), SURE]),
+        turns=np.append(turns, -1),
+        weights=np.array([graph.weights(choice) for choice in choices], float),
     )
 
 

@@ -91,6 +91,10 @@ class Operation:
         made, inputs, outputs = self.under(choice)
         return made.macs_per_pair * outputs * (1 if self.grouped else inputs)
 
+    def weights(self, inputs: int, outputs: int) -> int:
+        """Return how many weights it holds at these widths, those with zeros included."""
+        return self.weights_per_pair * outputs * (1 if self.grouped else inputs)
+
     @property
     def additions(self) -> int:
         """How many additions of another tensor are fused behind it."""

@@ -56,12 +56,21 @@ class Resource:
 
 def time(graph: Graph, costs: Costs, name: str) -> Resource:
     """Return the seconds of one run."""
+    sums, each_s, kept_s = [_priced(graph, costs, 0.0)], 0.0, 0.0
+    for reload in sorted(costs.reloads, key=lambda own: own.beyond):  # the latency is convex in all weights
+        each_s, kept_s = each_s + reload.each_s, kept_s + reload.each_s * reload.beyond
+        sums.append((*_priced(graph, costs, each_s), Term((), frozenset(), Product(-kept_s))))
+    return Resource(name, "s", tuple(sums), costs.overhead_s)
+
+
+def _priced(graph: Graph, costs: Costs, each_s: float) -> tuple[Term, ...]:
+    """Return the operations' costs, with so many seconds for each of their weights."""
     terms = []
     for operation in graph.operations:
         own = tuple(trim.name for trim in graph.trims_of.get(operation.weight, ()))
         extents = (operation.inputs, operation.outputs, *map(_count, own))
-        terms.append(Term(extents, operation.blocks, _Cost(costs, operation, own)))
-    return Resource(name, "s", (tuple(terms),), costs.overhead_s)
+        terms.append(Term(extents, operation.blocks, _Cost(costs, operation, own, each_s)))
+    return tuple(terms)
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,11 @@ class _Cost:
     costs: Costs
     operation: Operation
     trims: tuple[str, ...]
+    each_s: float  # of its weights
 
     def __call__(self, inputs: int, outputs: int, *kept: int) -> float:
-        keep = dict(zip(self.trims, kept, strict=True))
-        return self.costs.cost(*self.operation.trimmed(keep, inputs, outputs))
+        made, *widths = self.operation.trimmed(dict(zip(self.trims, kept, strict=True)), inputs, outputs)
+        return self.costs.cost(made, *widths) + self.each_s * made.weights(*widths)
 
 
 def _count(name: str) -> Extent:

@@ -93,6 +93,7 @@ class Rules:
     """Costs from a profile's documented rules alone, in seconds of a device at its peak: only ratios have meaning."""
 
     overhead_s = 0.0
+    reloads = ()
 
     def __init__(self, profile: Profile) -> None:
         """Take the granularity, peaks, bandwidths and overheads of `profile`."""
@@ -101,6 +102,11 @@ class Rules:
         stated = [r.penalty for r in profile.granularity if r.penalty is not None and r.confidence not in UNPROVEN]
         self._beside = max(stated, default=BESIDE)
         self._found: dict[tuple[str, str, str], tuple[Granularity, ...]] = {}
+
+    @property
+    def weight_bytes(self) -> float:
+        """How many bytes a weight takes."""
+        return BYTES[self._profile.dtype.weights]
 
     def cost(self, operation: Operation, inputs: int, outputs: int) -> float:
         """Return what an operation is expected to add."""

@@ -15,7 +15,7 @@ import profiles
 from planner import LatencyTable
 from planner.candidates import candidates
 from planner.graph import Graph, trace
-from planner.latency import Probe, Rules, cross_validated, fit, forecast, keys
+from planner.latency import Probe, Reload, Rules, cross_validated, fit, forecast, keys
 from planner.operations import Choice
 from planner.roofline import EXPECTED_ERROR
 from profiles import Profile
@@ -56,10 +56,10 @@ def _at_random(graph: Graph, options: Mapping[str, Sequence[int]], count: int, *
 
 
 def _measured_choice(graph: Graph, table: LatencyTable, choice: Choice, *, noise: float) -> Probe:
-    return _probe(choice, table.latency(graph, choice) * (1 + noise))
+    return _probe(choice, table.latency(graph, choice) * (1 + noise), table.latency(graph, graph.dense))
 
 
-def _probe(choice: Choice, seconds: float, *, dense_s: float = 1e-3) -> Probe:
+def _probe(choice: Choice, seconds: float, dense_s: float) -> Probe:
     about = {"relative": seconds / dense_s, "ci95_s": (seconds, seconds), "runs": 1}
     return Probe(keep=dict(choice.keep), removed=tuple(sorted(choice.removed)), latency_s=seconds, **about)
 
@@ -96,12 +96,11 @@ def test_what_slowed_all_networks_of_a_turn_is_not_taken_for_their_operations(mo
     profile, options = nets.anywhere(), _inner(graph, nets.anywhere())
     truth, unseen = table_of(graph, _true_costs(graph, options)), _at_random(graph, options, 40, seed=2)
     probes = []
-    for turn, slower in enumerate((0.06, -0.05, 0.05, -0.06)):  # beside a dense network of 1.0 to 1.3 ms
-        choices, dense_s = _at_random(graph, options, 10, seed=10 + turn), 1e-3 * (1 + turn / 10)
-        probes += [
-            _probe(choice, truth.latency(graph, choice) * (1 + slower) * dense_s / 1e-3, dense_s=dense_s)
-            for choice in choices
-        ]
+    for turn, slower in enumerate((0.06, -0.05, 0.05, -0.06)):  # beside a dense network of 1.0 to 1.3 times its time
+        choices, drift = _at_random(graph, options, 10, seed=10 + turn), 1 + turn / 10
+        times = [truth.latency(graph, choice) * (1 + slower) * drift for choice in choices]
+        dense_s = truth.latency(graph, graph.dense) * drift
+        probes += [_probe(choice, time, dense_s) for choice, time in zip(choices, times, strict=True)]
 
     def wrong() -> float:
         found = table_of(graph, {}, **dict(fit(graph, profile, keys(graph, options), probes)))
@@ -111,6 +110,29 @@ def test_what_slowed_all_networks_of_a_turn_is_not_taken_for_their_operations(mo
     aware = wrong()
     monkeypatch.setattr("planner.kriging.TURN", 0.0)
     assert aware < 0.7 * wrong()
+
+
+def test_a_plan_knows_of_weights_that_no_cache_keeps() -> None:
+    model, profile = ResNet(2, (16, 24, 32)).eval(), nets.anywhere()
+    graph = trace(model, INPUTS)
+    costs, all_of_them = _true_costs(graph, candidates(graph, profile)), graph.weights(graph.dense)
+    plain = table_of(graph, costs)
+    each_s = plain.latency(graph, graph.dense) / all_of_them
+    reloads = [Reload(beyond=share * all_of_them, each_s=each_s) for share in (0.6, 0.2)]
+    table = table_of(graph, costs, reloads=tuple(reloads))
+    for share in (0.9, 0.6, 0.3, 0.15):
+        found = planner.plan(model, INPUTS, profile, table=table, latency=share)
+        choice, before = found.choice, planner.plan(model, INPUTS, profile, table=plain, latency=share).choice
+        assert found.predicted.fraction == pytest.approx(
+            table.latency(graph, graph.choice(choice.keep, choice.removed)) / table.latency(graph, graph.dense)
+        )
+        assert found.predicted.fraction <= share + 1e-6
+        assert found.proof.status == "optimal"
+        for width in found.widths:
+            at = width.considered.index(width.keep) if width.keep else None
+            assert at is None or width.fractions[at] == pytest.approx(found.predicted.fraction)
+        if share > 0.2:  # dense weights cost most, so that fewer of them are left for the same share of the latency
+            assert graph.weights(choice) != graph.weights(before)
 
 
 # --- widths between those of the table ----------------------------------------------------------------------------
@@ -125,7 +147,7 @@ def stairs() -> tuple[Graph, LatencyTable]:
     rules, profile = Rules(profiles.load(ORT)), profiles.load(ORT)
     widths = [*range(16, 65, 16), *np.random.default_rng(0).integers(1, 65, 36).tolist()]
     choices = [graph.choice({"0": width}) for width in widths]
-    probes = [_probe(choice, 3 * rules.latency(graph, choice)) for choice in choices]
+    probes = [_probe(c, 3 * rules.latency(graph, c), 3 * rules.latency(graph, graph.dense)) for c in choices]
     return graph, table_of(graph, {}, **dict(fit(graph, profile, keys(graph, {"0": (64,)}), probes)), profile=ORT)
 
 
@@ -147,10 +169,32 @@ def test_an_operation_that_differs_from_its_like_is_told_from_them() -> None:
         present = (o for o in graph.operations if o.present(choice))
         return sum(rules.cost(o, *o.widths(choice)) * (1.3 if o.signature == slow.signature else 1) for o in present)
 
-    probes = [_probe(choice, true_s(choice)) for choice in _at_random(graph, free, 40, seed=1)]
+    probes = [_probe(c, true_s(c), true_s(graph.dense)) for c in _at_random(graph, free, 40, seed=1)]
     table = table_of(graph, {}, **dict(fit(graph, profile, keys(graph, free), probes)))
     unseen = _at_random(graph, free, 20, seed=2)
     assert max(abs(table.latency(graph, c) / true_s(c) - 1) for c in unseen) < 0.03
+
+
+def test_weights_that_no_cache_keeps_take_time_that_no_operation_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = trace(ResNet(2, (64, 128, 256)), INPUTS)
+    profile, options = profiles.load(ORT), _inner(graph, profiles.load(ORT))
+    truth, kept = table_of(graph, _true_costs(graph, options)), graph.weights(graph.dense) / 3
+    monkeypatch.setattr("planner.kriging.RELOADS", (4 * kept,))
+    each_s = truth.latency(graph, graph.dense) / graph.weights(graph.dense)
+
+    def true_s(choice: Choice) -> float:
+        return truth.latency(graph, choice) + each_s * max(0.0, graph.weights(choice) - kept)
+
+    def wrong() -> float:
+        probes = [_probe(c, true_s(c), true_s(graph.dense)) for c in _at_random(graph, options, 60, seed=1)]
+        table = table_of(graph, {}, **dict(fit(graph, profile, keys(graph, options), probes)), profile=ORT)
+        unseen = _at_random(graph, options, 40, seed=2)
+        return float(np.abs([table.latency(graph, c) / true_s(c) - 1 for c in unseen]).mean())
+
+    aware = wrong()
+    assert aware < 0.03
+    monkeypatch.setattr("planner.kriging.RELOADS", ())
+    assert aware < 0.2 * wrong()
 
 
 def _other_penalty(profile: Profile, penalty: float) -> Profile:
@@ -172,7 +216,8 @@ def test_what_calibration_did_not_measure_is_predicted_beside_the_grid(
     options = _inner(graph, profile)
     free = {name: range(1, graph.width[name].size + 1) for name in options}
     wanted = [*_one_at_a_time(graph, options), *_at_random(graph, options, 8, seed=1)]
-    probes = [_probe(choice, true_s(choice)) for choice in [*wanted, *_at_random(graph, free, off_grid, seed=3)]]
+    wanted += _at_random(graph, free, off_grid, seed=3)
+    probes = [_probe(choice, true_s(choice), true_s(graph.dense)) for choice in wanted]
     table = table_of(graph, {}, **dict(fit(graph, profile, keys(graph, options), probes)), profile=ORT)
     errors = [abs(table.latency(graph, c) / true_s(c) - 1) for c in _at_random(graph, free, 20, seed=2)]
     assert max(errors) < allowed
