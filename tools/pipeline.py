@@ -365,9 +365,12 @@ def verdicts(outcome: Outcome, plan: Plan, max_drop: float) -> list[Verdict]:
             detail=f"largest relative difference {outcome.equivalence:.1e}",
         ),
     ]
-    if small.predicted_s is not None:
-        error = small.predicted_s.value / took - 1
-        found.append(
-            Verdict(what="latency predicted", ok=abs(error) <= 0.10, detail=f"{error:+.1%} of the measured one")
+    if small.predicted_s is not None and dense.predicted_s is not None:  # of dense: the machine may be faster by now
+        share, was_s = small.predicted_s.value / dense.predicted_s.value, dense.predicted_s.value
+        error = share / (took / full) - 1
+        detail = (
+            f"{share:.3f} of dense, measured {took / full:.3f} ({error:+.1%}); "
+            f"dense was {was_s * 1e3:.3g} ms when calibrated and is {full * 1e3:.3g} ms"
         )
+        found.append(Verdict(what="latency predicted", ok=abs(error) <= 0.10, detail=detail))
     return found
