@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from profiles.errors import EspalierError
 from tools import report
 from tools.figures import elapsed, training
 from tools.outcome import Accuracy, Interval, Outcome, Row, Step, Try, Verdict, WidthRow
+from tools.pipeline import verdicts
 
 HOSTILE = '<script>alert("1")</script> & $\\frac{1$ | [bold] __x'
 
@@ -107,6 +109,26 @@ def latency_table() -> LatencyTable:
         rates={},
         errors=(0.0312, -0.0845),
     )
+
+
+@pytest.mark.parametrize(
+    ("faster", "measured_s", "ok"), [(1.0, 0.54e-3, True), (1.2, 0.54e-3, True), (1.0, 0.64e-3, False)]
+)
+def test_a_prediction_is_judged_as_a_share_of_the_dense_latency(
+    outcome: Outcome, faster: float, measured_s: float, ok: bool
+) -> None:
+    rows = {row.label: row for row in outcome.rows}
+    dense_s = rows["dense"].predicted_s
+    assert dense_s
+    times = {"dense": dense_s.value / faster, "espalier": measured_s / faster}
+    measured = [
+        rows[label].model_copy(update={"measured": {"onnxruntime": _interval(s)}}) for label, s in times.items()
+    ]
+    judged = outcome.model_copy(update={"runtimes": ("onnxruntime",), "rows": measured})
+    plan = SimpleNamespace(target_fraction=0.5, lossless=True)
+    (found,) = [own for own in verdicts(judged, plan, 0.01) if own.what == "latency predicted"]
+    assert found.ok is ok
+    assert f"dense was 1.09 ms when calibrated and is {times['dense'] * 1e3:.3g} ms" in found.detail
 
 
 def _without_drawings(html: str) -> str:
