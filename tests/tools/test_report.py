@@ -124,7 +124,7 @@ def test_a_prediction_is_judged_as_a_share_of_the_dense_latency(
     measured = [
         rows[label].model_copy(update={"measured": {"onnxruntime": _interval(s)}}) for label, s in times.items()
     ]
-    judged = outcome.model_copy(update={"runtimes": ("onnxruntime",), "rows": measured})
+    judged = outcome.model_copy(update={"rows": measured})
     plan = SimpleNamespace(target_fraction=0.5, lossless=True)
     (found,) = [own for own in verdicts(judged, plan, 0.01) if own.what == "latency predicted"]
     assert found.ok is ok
