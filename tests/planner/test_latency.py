@@ -131,7 +131,7 @@ def test_a_plan_knows_of_weights_that_no_cache_keeps() -> None:
         for width in found.widths:
             at = width.considered.index(width.keep) if width.keep else None
             assert at is None or width.fractions[at] == pytest.approx(found.predicted.fraction)
-        if share > 0.2:  # dense weights cost most, so that fewer of them are left for the same share of the latency
+        if share > 0.2:  # reloads weigh more in the dense latency than in that of what is left
             assert graph.weights(choice) != graph.weights(before)
 
 
