@@ -76,10 +76,11 @@ def _multiples(size: int, quantum: int, *, half: bool) -> tuple[int, ...]:
 
 
 def useful(graph: Graph, times: Sequence[Resource], options: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Drop candidates that cost as much as a wider one on every device: the rest are the tops of its steps."""
-    touching: dict[str, list[list[Term]]] = {name: [[] for _ in times] for name in options}
-    for index, time in enumerate(times):
-        for term in time.sums[0]:
+    """Drop candidates that cost as much as a wider one in every sum of every device: the rest are tops of its steps."""
+    every = [terms for time in times for terms in time.sums]
+    touching: dict[str, list[list[Term]]] = {name: [[] for _ in every] for name in options}
+    for index, terms in enumerate(every):
+        for term in terms:
             for name in widths_of(term.extents):
                 if name in touching:
                     touching[name][index].append(term)
@@ -88,7 +89,7 @@ def useful(graph: Graph, times: Sequence[Resource], options: Mapping[str, Sequen
         tops: list[tuple[int, list[float]]] = []
         for count in sorted(counts, reverse=True):
             trial = graph.choice({name: count})
-            cost = [sum(term.under(trial) for term in terms) for terms in touching[name]]
+            cost = [sum(term.under(trial) for term in own) for own in touching[name]]
             if not any(all(a <= b for a, b in zip(wider, cost, strict=True)) for _, wider in tops):
                 tops.append((count, cost))
         kept[name] = tuple(count for count, _ in reversed(tops))

@@ -398,7 +398,9 @@ def test_useful_drops_widths_that_cost_as_much_as_a_wider_one() -> None:
     graph = trace(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 2)), INPUTS)
     stairs = {8: 8.0, 7: 8.0, 6: 6.0, 5: 7.0, 4: 5.0, 3: 5.0, 2: 1.0, 1: 2.0}
     cost = {key: stairs[key[2]] if key[1] == 3 else 0.0 for key in keys(graph, {"0": range(1, 9)})}
-    assert useful(graph, [resources.time(graph, table_of(graph, cost), "t")], {"0": range(1, 9)}) == {"0": (2, 4, 6, 8)}
+    plain, slow = (table_of(graph, cost, reloads=own) for own in ((), (Reload(beyond=100, each_s=1e-3),)))
+    assert useful(graph, [resources.time(graph, plain, "t")], {"0": range(1, 9)}) == {"0": (2, 4, 6, 8)}
+    assert useful(graph, [resources.time(graph, slow, "t")], {"0": range(1, 9)}) == {"0": (2, 3, 4, 6, 7, 8)}
 
 
 def test_useful_knows_the_staircase_of_a_profile() -> None:
