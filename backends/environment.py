@@ -4,11 +4,13 @@ import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import archspec.cpu
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from backends.heap import kept
 
 __all__ = ["Environment"]
 
@@ -30,6 +32,7 @@ class Environment(BaseModel):
     python: str
     torch: str
     date: datetime
+    freed_memory: Literal["kept", "unmanaged"] = "unmanaged"  # while it was timed: backends/heap.py
 
     @classmethod
     def read(cls, cores_used: frozenset[int] = frozenset()) -> Self:
@@ -46,6 +49,7 @@ class Environment(BaseModel):
             python=platform.python_version(),
             torch=torch.__version__,
             date=datetime.now(UTC),
+            freed_memory="kept" if kept() else "unmanaged",
         )
 
 

@@ -26,6 +26,7 @@ from backends.artifact import Artifact
 from backends.contract import Array, Runtime
 from backends.disturbance import disturbed
 from backends.environment import Environment
+from backends.heap import held
 from backends.latency import Latency, Measurement, Ratio, ratio
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def compare(
     """
     check(candidates, seconds=seconds, rounds=rounds)
     turn = _turn(candidates)
-    with pinned(max(candidate.threads for candidate in candidates)) as cores:
+    with held(), pinned(max(candidate.threads for candidate in candidates)) as cores:
         environment = Environment.read(cores)
         warm = [_warm_up(candidate, cap_s=seconds, clock=clock) for candidate in candidates]
         rounds = turn * math.ceil((rounds or _rounds(seconds, max(each.run_s for each in warm))) / turn)

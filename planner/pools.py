@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -126,9 +126,39 @@ def pooled(shares: Sequence[Share], model: nn.Module) -> Pools:
 
 
 def pools(plan: Plan, model: nn.Module, graph: Graph) -> Pools:
-    """Return the pools of `plan` as tensors on the model's device."""
+    """Return the pools of `plan` as tensors on the model's device.
+
+    Where widths share a budget, the strongest channels of each, as many as the least that the plan considered, have a
+    pool and a budget of their own that spares them: a layer that loses all of its channels cuts the network in two.
+    """
     shares = [Share(p.name, structures_of(p, model, graph), p.weights, p.costs, p.budget) for p in plan.pools]
-    return pooled(shares, model)
+    found = pooled(shares, model)
+    fewest = {width.name: min(width.considered) for width in plan.widths}
+    together = [len(p.members) > 1 and p.structure != "depth" for p in plan.pools for _ in p.members]
+    spared = [fewest.get(own.name, 0) * many for own, many in zip(found.groups.structures, together, strict=True)]
+    return _sparing(found, dict(model.named_parameters()), spared) if any(spared) else found
+
+
+@torch.no_grad()
+def _sparing(found: Pools, parameters: Mapping[str, Tensor], counts: Sequence[int]) -> Pools:
+    """Return the pools without the strongest so many groups of each structure, and one more of those."""
+    structure = found.groups.structure
+    order = found.groups.norms(parameters).argsort(descending=True, stable=True)
+    order = order[structure[order].argsort(stable=True)]
+    sizes = torch.bincount(structure, minlength=len(counts))
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[structure[order]]
+    spared = rank < torch.tensor(counts, device=order.device)[structure]
+    spared &= (found.costs(spared) <= found.k)[found.pool]  # none where a budget does not pay for them
+    costs = found.costs(spared)
+    return replace(
+        found,
+        names=(*found.names, "spared"),
+        share=torch.cat([found.share, found.share.new_tensor([len(found.names)])]),
+        pool=torch.where(spared, len(found.k), found.pool),
+        k=torch.cat([found.k - costs, costs.sum()[None]]),
+        size=0,
+    )
 
 
 def structures_of(pool: Pool, model: nn.Module, graph: Graph) -> tuple[Structure, ...]:

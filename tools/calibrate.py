@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from backends import Artifact, Candidate, Measurement, compare, load
 from backends.contract import Family, Narrows, Runtime
+from backends.heap import kept
 from planner.candidates import candidates
 from planner.graph import Graph, trace
 from planner.latency import ESTIMATE, LatencyTable, Probe, cross_validated, fit, keys
@@ -84,7 +85,9 @@ class Bench:
     def describe(self) -> dict[str, str]:
         """Return what a table must agree on to be reused."""
         place = self.place()
+        memory = {"freed memory": "kept"} if self.runtime.NAME == "pytorch" and kept() else {}  # others plan theirs
         return {
+            **memory,
             "schema": str(LatencyTable.model_fields["schema_version"].default),
             "profile": self.profile.id,
             "rules": hashlib.sha256(self.profile.model_dump_json().encode()).hexdigest(),

@@ -14,11 +14,12 @@ from backends.rebuild import rebuild
 from planner import Plan, attach, harden_
 from planner.document import with_global_budget
 from planner.graph import trace
-from planner.groups import Groups
+from planner.groups import Groups, group
 from planner.importance import Importance
 from planner.pools import Pools, excess, pools
 from planner.prox import Schedule
 from planner.spec import Pool
+from planner.structures import Filter
 from profiles.errors import PlanError
 from tools.examples.resnet import ResNet
 
@@ -329,7 +330,7 @@ def test_hardening_to_milliseconds_fills_the_budget(plan: Plan, budget_ms: float
     plan, model = plan.model_copy(update={"pools": (shared,)}), fresh()
     harden_(plan, model)
     state, kept = alive(plan, model)
-    spent = float(state.costs(kept)[0])
+    spent = float(state.costs(kept).sum())
     assert spent <= shared.budget * (1 + 1e-9)
     assert float(state.d[~kept].min()) > shared.budget - spent  # nothing that fits was left out
 
@@ -388,13 +389,38 @@ def test_a_global_budget_works_end_to_end(plan: Plan) -> None:
     attach(shared, model, optimizer, steps=60)
     train(model, optimizer, 65)
     state, kept = alive(shared, model)
-    spent, budget = float(state.costs(kept)[0]), shared.pools[0].budget
+    spent, budget = float(state.costs(kept).sum()), shared.pools[0].budget
     assert budget - float(state.d[: len(kept) - 1].max()) < spent <= budget * (1 + 1e-9)
     dense = rebuild(shared, model)
     per_width = torch.split(kept[:-1], [8] * len(shared.pools[0].members))
     assert [dense.get_submodule(name).out_channels for name in shared.pools[0].members] == [
         max(1, int(part.sum())) for part in per_width
     ]
+
+
+@pytest.mark.parametrize("debiased", [True, False])
+def test_no_width_loses_all_of_its_channels_to_a_global_budget(plan: Plan, *, debiased: bool) -> None:
+    """Weak channels of a dear layer pay least: without any, what flows through the network would be constant."""
+    names = ("layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1")
+    about = {"name": "global", "structure": "filter", "members": names, "weights": (1.0, 1.0, 1.0)}
+    shared = Pool(**about, costs=(1.0, 5.0, 1.0), budget=20.0)  # pays for all of the cheap ones
+    plan, model = plan.model_copy(update={"pools": (shared,), "debiased": debiased}), fresh()
+    graph, parameters = plan.graph(model), dict(model.named_parameters())
+    weak = group([Filter(graph.width[names[1]])], model)
+    weak.scale_(parameters, torch.full((8,), 1e-3))
+    strongest = weak.norms(parameters).argsort(descending=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    proximal = attach(plan, model, optimizer, steps=20)
+    for _ in range(20):
+        optimizer.step()
+    assert proximal.frozen
+    least = {w.name: min(w.considered) for w in plan.widths}
+    norms = {name: group([Filter(graph.width[name])], model).norms(parameters) for name in names}
+    assert (norms[names[1]] > 0)[strongest].tolist() == [True] * least[names[1]] + [False] * (8 - least[names[1]])
+    assert all(int((own > 0).sum()) >= least[name] for name, own in norms.items())
+    spent = sum(int((norms[name] > 0).sum()) * cost for name, cost in zip(names, shared.costs, strict=True))
+    assert shared.budget - 1 < spent <= shared.budget
+    assert harden_(plan, model) == 0
 
 
 def test_a_width_that_a_global_budget_empties_keeps_one_channel(plan: Plan) -> None:

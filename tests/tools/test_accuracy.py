@@ -1,6 +1,7 @@
 """Every method of the table of accuracies takes as many steps, ends on its network, and is tuned to one latency."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tools.batches import Batches, Data
 from tools.distil import Distillation, Taught
 from tools.evidence import nets
 from tools.evidence.accuracy import held_out
-from tools.evidence.methods import OURS, Contest, Course
+from tools.evidence.methods import DECAYED, ONE_BUDGET, OURS, Contest, Course
 from tools.evidence.nets import SIBLING, Net, aim, near, shallower
 from tools.examples.resnet import ResNet
 
@@ -44,10 +45,10 @@ def contest(data: Data) -> Contest:
     posed = planner.problem(dense, inputs, profiles.load(X86), scope=Scope())
     importance = planner.taylor(dense, posed.graph, posed.options(), list(data.train), loss=cross_entropy)
     plan = posed.solve(0.5, importance=importance)
-    return Contest(dense, posed, plan, importance, lambda seed: ResNet(2, (16, 32, 64), seed=seed).eval())
+    return Contest(dense, posed, plan, importance, lambda seed: ResNet(2, (16, 32, 64), seed=seed).eval(), 0.5)
 
 
-@pytest.mark.parametrize("method", [*OURS, SIBLING])
+@pytest.mark.parametrize("method", [*OURS, DECAYED, SIBLING])
 def test_a_method_trains_its_network_for_all_steps(contest: Contest, data: Data, method: str) -> None:
     taken = []
 
@@ -57,12 +58,21 @@ def test_a_method_trains_its_network_for_all_steps(contest: Contest, data: Data,
 
     course = Course(data, data.train, Recipe(3, lr=0.01), loss)
     graph = contest.posed.graph
+    if method == ONE_BUDGET:  # between widths, of which the plan has to narrow some
+        dear = replace(contest.importance, blocks=dict.fromkeys(contest.importance.blocks, 1e6))
+        contest = replace(contest, plan=contest.posed.solve(0.5, importance=dear))
     whole = graph.choice(contest.plan.choice.keep, contest.plan.choice.removed)
     net = Net(method, shallower(contest.posed)[1] if method == SIBLING else whole, 0.5, None)
+    if method == DECAYED:
+        pytest.importorskip("torch_pruning")
     before = {name: tensor.clone() for name, tensor in contest.dense.state_dict().items()}
     found = contest.run(method, net, course, seed=0)
     assert taken == [16] * course.steps == [16] * 9
     assert all(torch.equal(before[name], tensor) for name, tensor in contest.dense.state_dict().items())
+    assert (found.keep is not None) == (method in (ONE_BUDGET, DECAYED))
+    if found.keep is not None:
+        net = Net(method, graph.choice(found.keep, frozenset(found.removed)), 0.5, None)
+        assert contest.share(net.choice) == pytest.approx(contest.share(whole), abs=0.05)
     small = net.model(contest.dense, contest.posed)
     assert (
         found.params == sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in contest.dense.parameters())

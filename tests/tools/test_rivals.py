@@ -1,7 +1,7 @@
 """Rivals prune as they say, all are judged alike, and a comparison is at an equal latency."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -15,10 +15,12 @@ from planner import Graph
 from planner.groups import group
 from planner.latency import Probe
 from planner.operations import Choice
+from planner.resources import Term
 from planner.structures import Filter
 from tools import rivalry, rivals
 from tools.examples.resnet import ResNet
 from tools.rivalry import Contest, Kept, between
+from tools.rivals import Judge
 
 X86 = "x86_64_v4.onnxruntime.fp32"
 
@@ -78,10 +80,22 @@ def test_uniform_narrows_all_by_one_ratio() -> None:
         assert not shares or max(shares) - min(shares) <= 1 / min(sizes.values())
 
 
-def test_greedy_takes_the_step_that_loses_least_for_its_time() -> None:
+def with_reloads(judge: Judge) -> Judge:
+    """Let the last layers cost thrice beyond a part of it: where that is much, it decides what a width frees."""
+    (terms,) = judge.time.sums
+    dear = [Term(t.extents, t.blocks, lambda *n, own=t: 3 * own.price(*n)) for t in terms[-4:]]
+    kept = -1.3 * sum(t.under(judge.graph.dense) for t in terms[-4:])
+    time = replace(judge.time, sums=(terms, (*terms[:-4], *dear, Term((), frozenset(), lambda: kept))))
+    return replace(judge, time=time)
+
+
+@pytest.mark.parametrize("reloads", [False, True])
+def test_greedy_takes_the_step_that_loses_least_for_its_time(*, reloads: bool) -> None:
     own = contest()
-    judge, options = own.judge, own.problem.options()
+    judge, options = with_reloads(own.judge) if reloads else own.judge, own.problem.options()
     path = rivals.greedy(judge, own.problem)
+    decides = [np.argmax([sum(t.under(c) for t in s) for s in judge.time.sums]) for c in map(judge.graph.choice, path)]
+    assert set(decides) == ({0, 1} if reloads else {0})
     at = [judge.graph.choice(keep) for keep in path]
     for now, then in pairwise(path):
         (changed,) = [name for name in now if now[name] != then[name]]

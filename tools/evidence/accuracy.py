@@ -14,7 +14,7 @@ training images, which are then not trained on, and no rows are written.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property, partial
@@ -40,7 +40,7 @@ from tools.calibrate import bench
 from tools.console import Stage
 from tools.contenders import Contender, built, rows, timed
 from tools.distil import Distillation, Taught
-from tools.evidence.methods import OURS, Contest, Course, Trained
+from tools.evidence.methods import DECAYED, OURS, RANKED, Contest, Course, Trained
 from tools.evidence.nets import ABLATIONS, RIVALS, SIBLING, Field, Net
 from tools.evidence.record import add
 from tools.examples import cifar10
@@ -48,7 +48,7 @@ from tools.examples.resnet import draw_weights_
 from tools.planning import Brief
 from tools.threads import one_thread
 
-ALL = (*OURS, *RIVALS, SIBLING, *ABLATIONS)
+ALL = (*OURS, *RIVALS, DECAYED, SIBLING, *ABLATIONS)
 HELD_OUT = 5000
 
 
@@ -105,9 +105,18 @@ class Arena:
 
     @cached_property
     def nets(self) -> dict[str, Net]:
-        """The network of every method."""
+        """The network of every method, or what it begins with if it finds its own in training."""
         _, ours = self.field.ours()
-        return dict.fromkeys(OURS, ours) | {net.method: net for net in self.field.rivals()}
+        rivals = {net.method: net for net in self.field.rivals()}
+        return dict.fromkeys(OURS, ours) | rivals | {DECAYED: rivals[RANKED]}
+
+    def net_of(self, run: Mapping[str, Any]) -> Net:
+        """Return the network that a run ended on."""
+        net, trained = self.nets[run["method"]], run["trained"]
+        if trained.get("keep") is None:
+            return net
+        choice = self.field.posed.graph.choice(trained["keep"], frozenset(trained["removed"]))
+        return Net(net.method, choice, net.fraction, None)
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """Yield what is known of runs."""
@@ -123,7 +132,8 @@ class Arena:
         draw = partial(drawn, self.network)
         strength = Strength(total=setting.total, shrinking=setting.sparse, anneal=setting.anneal)
         plan = self.field.ours()[0].model_copy(update={"strength": strength})
-        contest = Contest(self.dense, self.field.posed, plan, self.field.importance, draw)
+        ours = self.nets[OURS[0]].fraction
+        contest = Contest(self.dense, self.field.posed, plan, self.field.importance, draw, ours)
         found = contest.run(method, self.nets[method], course, seed)
         content = {"method": method, "seed": seed, "setting": asdict(setting), "trained": asdict(found)}
         folder = self.field.folder / "runs"
@@ -132,14 +142,14 @@ class Arena:
         atomic.write_text(folder / f"{digest}.json", json.dumps(content, indent=1) + "\n")
         return found
 
-    def measured(self, seconds: float) -> dict[str, dict[str, Any]]:
-        """Time the different networks in turns, in every runtime; return the row of each method."""
+    def measured(self, nets: Iterable[Net], seconds: float) -> dict[str, dict[str, Any]]:
+        """Time the networks that were not timed before in turns, in every runtime; return rows by their keys."""
         path = self.field.folder / "measured.json"
-        if not path.exists():
+        known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        if new := {net.key: net for net in nets if net.key not in known}:
             graph = self.field.posed.graph
-            different = {net.key: net for net in self.nets.values()}
             contenders = [Contender("dense", self.dense, graph.dense, None, None, "dense")]
-            for index, (key, net) in enumerate(different.items()):
+            for index, (key, net) in enumerate(new.items()):
                 small = net.model(self.dense, self.field.posed).eval()
                 contenders.append(Contender(key, small, net.choice, None, None, f"net{index}"))
             with self.field.stage.phase("build") as phase, one_thread():
@@ -148,24 +158,24 @@ class Arena:
                 artifacts = built(contenders, sorted(installed()), self.field.brief.inputs, files, progress=phase.step)
             with self.field.stage.phase("measure") as phase:
                 found = timed(contenders, artifacts, self.field.brief.inputs, seconds=seconds, progress=phase.step)
-            known = {row.label: row.model_dump(mode="json") for row in rows(contenders, graph, found)}
+            known |= {row.label: row.model_dump(mode="json") for row in rows(contenders, graph, found)}
             atomic.write_text(path, json.dumps(known, indent=1) + "\n")
-        by = json.loads(path.read_text())
-        return {"dense": by["dense"]} | {name: by[net.key] for name, net in self.nets.items()}
+        return known
 
     def table(self, seconds: float) -> list[dict[str, Any]]:
         """Return the rows of all runs that read the test images."""
-        measured, runtime = self.measured(seconds), self.field.bench.profile.runtime.name
+        shown = [run for run in self.runs() if not run["setting"]["held_out"]]
+        nets = [self.net_of(run) for run in shown]
+        measured, runtime = self.measured(nets, seconds), self.field.bench.profile.runtime.name
         dense = planner.accuracy(self.dense, self.data.test)
         found = []
-        for run in self.runs():
-            setting = run["setting"]
-            if not setting["held_out"]:
-                row = {"network": self.network, "runtime": runtime, "budget": self.budget, "method": run["method"]}
-                row |= {"seed": run["seed"], **setting, "dense": dense, **run["trained"]}
-                own = measured[run["method"]]
-                row |= {name: own[name] for name in ("macs", "measured", "speedup", "efficiency")}
-                found.append(row)
+        for run, net in zip(shown, nets, strict=True):
+            row = {"network": self.network, "runtime": runtime, "budget": self.budget, "method": run["method"]}
+            trained = {name: value for name, value in run["trained"].items() if name not in ("keep", "removed")}
+            row |= {"seed": run["seed"], **run["setting"], "dense": dense, **trained}
+            own = measured[net.key]
+            row |= {name: own[name] for name in ("macs", "measured", "speedup", "efficiency")}
+            found.append(row)
         return found
 
 
