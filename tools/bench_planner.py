@@ -1,7 +1,7 @@
 """How long plans take, how they compare with what people prune with, and whether networks are as fast as planned.
 
     python tools/bench_planner.py [--only times,rivals] [--json FILE]
-    python tools/bench_planner.py --only rivals --networks ResNet-56 --table table.json
+    python tools/bench_planner.py --only rivals --networks ResNet-56 --table table.json [--evidence]
     python tools/bench_planner.py --truth FILE [--networks resnet20] [--runtimes onnxruntime] [--plans 1]
 
 *Times*: tables at hand, one thread. Costs come from the documented rules of a profile and losses are drawn at random,
@@ -33,6 +33,7 @@ from planner.search import devices_of
 from profiles import atomic
 from tools import rivalry
 from tools.console import Stage
+from tools.evidence.record import add
 from tools.examples import imagenet
 from tools.rivalry import Kept, Make
 from tools.threads import one_thread
@@ -48,6 +49,7 @@ EXACT: dict[str, Make] = {
 }
 LARGE: dict[str, Make] = {"ResNet-152": imagenet.resnet152, "DenseNet-201": imagenet.densenet201}
 EXACT_S, LARGE_S, LARGE_GAP, DEVICES, POINT_S = 10.0, 60.0, 0.005, 3.0, 2.0
+COMMAND = "python tools/bench_planner.py --only rivals --networks N --table T"
 console = Console(stderr=True)
 
 
@@ -175,6 +177,7 @@ def main(
     runtimes: Annotated[str, typer.Option(help="of --truth, joined by commas")] = "onnxruntime,openvino,executorch",
     plans: Annotated[int, typer.Option(min=1, help="how many plans more --truth measures in this call")] = 40,
     json_: Annotated[Path | None, typer.Option("--json", help="write all rows here")] = None,
+    evidence: Annotated[bool, typer.Option("--evidence", help="add --table's rows to evidence/rivals.json")] = False,
 ) -> None:
     """Print the tables."""
     torch.set_num_threads(1)
@@ -195,6 +198,9 @@ def main(
         shown, better = rivalry.told(kept, "predicted" if table is None else "measured")
         out.print(shown, highlight=False)
         good, rows["rivals"] = good and better, [asdict(row) for row in kept]
+        if evidence and table is not None:
+            key = ("network", "profile", "budget", "rival")
+            add("rivals", rows["rivals"], command=f"{COMMAND} --evidence", key=key)
     if json_ is not None:
         atomic.write_text(json_, json.dumps(rows, indent=1) + "\n")
     sys.exit(0 if good else 1)

@@ -74,6 +74,16 @@ def test_gains_are_shown_by_target_and_estimates_are_told_apart(tmp_path: Path) 
     assert "| net, half for cpu | 1.90x | 2.04x, 90.0 % | 1.70x (estimated) |\n" in text
 
 
+def test_what_a_rival_keeps_more_is_bold(tmp_path: Path) -> None:
+    row = {"network": "net", "profile": "cpu", "budget": 0.5, "ours": 0.8, "latency": 0.493}
+    rows = [{**row, "rival": name, "theirs": kept} for name, kept in (("one", 0.64), ("two", 0.81), ("far", None))]
+    record.add("rivals", rows, command="c", key=("network", "budget", "rival"), folder=tmp_path)
+    text = render.rendered("<!-- evidence: rivals -->\n<!-- end of evidence -->", tmp_path)
+    assert "| importance kept | net at 0.49 |\n" in text
+    assert "| espalier | 80.0 % |\n| more than one | +25.0 % |\n| more than two | **-1.2 %** |\n" in text
+    assert "| more than far | - |\n" in text
+
+
 def test_a_missed_budget_is_bold_and_further_plans_are_counted(tmp_path: Path) -> None:
     case = {"network": "net", "runtime": "openvino"}
     good, bad = ({"planned": 0.5, "measured": m, "of_budget": m / 0.5} for m in (0.52, 0.56))

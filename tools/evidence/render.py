@@ -149,6 +149,26 @@ def _keeping(row: Row | None) -> str:
     return f"{own['kept']:.0%} at {own['macs_speedup']:.2f}x MACs ({speeds})"
 
 
+def rivals(found: Evidence) -> str:
+    """Return what ours keeps, and how much more than each rival's network of the same latency: a column for a plan."""
+    plans: dict[tuple[str, float], list[Row]] = {}
+    for row in found.rows:
+        plans.setdefault((row["network"], row["budget"]), []).append(row)
+    head = ("importance kept", *(f"{network} at {rows[0]['latency']:.2f}" for (network, _), rows in plans.items()))
+    lines = [["espalier", *(f"{100 * rows[0]['ours']:.1f} %" for rows in plans.values())]]
+    for name in dict.fromkeys(row["rival"] for row in found.rows):
+        own = (next((row for row in rows if row["rival"] == name), None) for rows in plans.values())
+        lines.append([f"more than {name}", *map(_more, own)])
+    return _markdown(head, lines)
+
+
+def _more(row: Row | None) -> str:
+    if row is None or row["theirs"] is None:
+        return "-"
+    gain = row["ours"] / row["theirs"] - 1
+    return _bold(f"{100 * gain:+.1f} %", gain < 0)
+
+
 def lossless(found: Evidence) -> str:
     """Return how many images change their class by fixing the support and by cutting: a line for each method."""
     by: dict[tuple[str, str], list[Row]] = {}
@@ -301,6 +321,7 @@ TABLES: dict[str, Callable[[Evidence], str]] = {
     "latency": latency,
     "targets": targets,
     "budget": budget,
+    "rivals": rivals,
     "accuracy": accuracy,
     "macs": macs,
     "lossless": lossless,
