@@ -131,7 +131,8 @@ class Program:
         return list(zip(self._together(points, blocks), prices, strict=True))
 
     def _at(self, term: Term, keep: Mapping[str, int]) -> tuple[int, ...]:
-        choice = self.graph.choice(keep)
+        sizes = {name: self.graph.part[name].size for name in widths_of(term.extents)}
+        choice = Choice({**sizes, **keep}, frozenset())
         return tuple(extent.under(choice) for extent in term.extents)
 
     def _linear(self, extent: Extent, factor: float) -> list[tuple[int | None, float]]:

@@ -65,11 +65,11 @@ def time(graph: Graph, costs: Costs, name: str) -> Resource:
 
 def _priced(graph: Graph, costs: Costs, each_s: float) -> tuple[Term, ...]:
     """Return the operations' costs, with so many seconds for each of their weights."""
-    terms = []
+    terms, known = [], dict[object, float]()
     for operation in graph.operations:
         own = tuple(trim.name for trim in graph.trims_of.get(operation.weight, ()))
         extents = (operation.inputs, operation.outputs, *map(_count, own))
-        terms.append(Term(extents, operation.blocks, _Cost(costs, operation, own, each_s)))
+        terms.append(Term(extents, operation.blocks, _Cost(costs, operation, own, each_s, known)))
     return tuple(terms)
 
 
@@ -79,10 +79,16 @@ class _Cost:
     operation: Operation
     trims: tuple[str, ...]
     each_s: float  # of its weights
+    known: dict[object, float]  # of all operations: many of a network are alike
 
     def __call__(self, inputs: int, outputs: int, *kept: int) -> float:
-        made, *widths = self.operation.trimmed(dict(zip(self.trims, kept, strict=True)), inputs, outputs)
-        return self.costs.cost(made, *widths) + self.each_s * made.weights(*widths)
+        made = self.operation
+        if kept:
+            made, inputs, outputs = made.trimmed(dict(zip(self.trims, kept, strict=True)), inputs, outputs)
+        key = (made.signature, made.whole and made.whole.signature, inputs, outputs)
+        if key not in self.known:
+            self.known[key] = self.costs.cost(made, inputs, outputs) + self.each_s * made.weights(inputs, outputs)
+        return self.known[key]
 
 
 def _count(name: str) -> Extent:
