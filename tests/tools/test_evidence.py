@@ -99,7 +99,15 @@ def test_a_missed_budget_is_bold_and_further_plans_are_counted(tmp_path: Path) -
 
 def test_accuracies_are_means_over_seeds_the_best_method_first(tmp_path: Path) -> None:
     row = {"network": "net", "runtime": "onnxruntime", "budget": 0.5, "epochs": 4, "sparse": 0.2, "total": 6.0}
-    row |= {"anneal": 0.0, "distil": False, "dense": 0.926, "recalibrated": 0.7, "params": 135_914, "macs": 18_400_000}
+    row |= {
+        "anneal": 0.0,
+        "lr": 0.04,
+        "distil": False,
+        "dense": 0.926,
+        "recalibrated": 0.7,
+        "params": 135_914,
+        "macs": 18_400_000,
+    }
     row |= {"speedup": {"onnxruntime": {"value": 2.04}}}
     sparse = {**row, "method": "WGSEF de-biased", "before": 0.6, "at_cut": 0.6, "zeroed": 0}
     rows = [{**row, "method": "uniform", "seed": 0, "before": 0.926, "at_cut": 0.1, "after": 0.83, "zeroed": None}]
@@ -107,11 +115,11 @@ def test_accuracies_are_means_over_seeds_the_best_method_first(tmp_path: Path) -
     record.add("accuracy", rows, command="c", key=("method", "seed"), folder=tmp_path)
     text = render.rendered("<!-- evidence: accuracy -->\n<!-- end of evidence -->", tmp_path)
     place = "| net (92.60), 0.5 in onnxruntime, 4 epochs"
-    how = "WGSEF de-biased, shrinking 0.2, strength 6, annealed 0"
+    how = "WGSEF de-biased, shrinking 0.2, strength 6, annealed 0, lr 0.04"
     lines = [line for line in text.splitlines() if line.startswith(place)]
     assert lines == [
         f"{place} | {how} | 60.00 | 60.00 | 70.00 | 89.00 ± 1.41 | 2 | 0.136 M | 18.4 M | 2.04x |",
-        f"{place} | uniform | 92.60 | 10.00 | 70.00 | 83.00 | 1 | 0.136 M | 18.4 M | 2.04x |",
+        f"{place} | uniform, lr 0.04 | 92.60 | 10.00 | 70.00 | 83.00 | 1 | 0.136 M | 18.4 M | 2.04x |",
     ]
     (axes,) = fronts(record.read("accuracy", tmp_path)).axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}  # type: ignore[union-attr]

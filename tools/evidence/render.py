@@ -18,7 +18,7 @@ from tools.evidence.fronts import fronts
 from tools.evidence.record import FOLDER, Evidence, Row, read
 
 README = FOLDER.parent / "README.md"
-_RUN = ("network", "runtime", "budget", "epochs", "method", "sparse", "total", "anneal", "distil")
+_RUN = ("network", "runtime", "budget", "epochs", "method", "sparse", "total", "anneal", "lr", "distil")
 _PLACE = re.compile(r"(<!-- evidence: (\w+) -->\n).*?(<!-- end of evidence -->)", re.S)
 
 
@@ -86,14 +86,14 @@ def accuracy(found: Evidence) -> str:
     for row in found.rows:
         by.setdefault(tuple(row[part] for part in _RUN), []).append(row)
     lines = []
-    for (network, runtime, budget, epochs, method, *how, distil), rows in sorted(by.items(), key=_by_accuracy):
+    for (network, runtime, budget, epochs, method, *how, lr, distil), rows in sorted(by.items(), key=_by_accuracy):
         shrinks = ", shrinking {:g}, strength {:g}, annealed {:g}".format(*how) if rows[0]["zeroed"] is not None else ""
         place = f"{network} ({_points(rows, 'dense')}), {budget:g} in {runtime}, {epochs} epochs"
         steps = [_points(rows, part) for part in ("before", "at_cut", "recalibrated", "after")]
         speed = [f"{rows[0]['speedup'][name]['value']:.2f}x" for name in runtimes]
         macs, params = (f"{rows[0][part] / 1e6:.3g} M" for part in ("macs", "params"))
         taught = ", distilled" if distil else ""
-        lines.append([place, f"{method}{shrinks}{taught}", *steps, str(len(rows)), params, macs, *speed])
+        lines.append([place, f"{method}{shrinks}{taught}, lr {lr:g}", *steps, str(len(rows)), params, macs, *speed])
     head = ("network (dense %), latency, training", "method", "before the cut %", "right after", "BatchNorm anew")
     return _markdown((*head, "trained %", "seeds", "parameters", "MACs", *runtimes), lines)
 
