@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from torch import nn
@@ -65,7 +66,7 @@ def time(graph: Graph, costs: Costs, name: str) -> Resource:
 
 def _priced(graph: Graph, costs: Costs, each_s: float) -> tuple[Term, ...]:
     """Return the operations' costs, with so many seconds for each of their weights."""
-    terms, known = [], dict[object, float]()
+    terms, known = [], dict[Operation, dict[tuple[int, int], float]]()
     for operation in graph.operations:
         own = tuple(trim.name for trim in graph.trims_of.get(operation.weight, ()))
         extents = (operation.inputs, operation.outputs, *map(_count, own))
@@ -79,16 +80,28 @@ class _Cost:
     operation: Operation
     trims: tuple[str, ...]
     each_s: float  # of its weights
-    known: dict[object, float]  # of all operations: many of a network are alike
+    known: dict[Operation, dict[tuple[int, int], float]]  # of all operations: many of a network are alike
 
     def __call__(self, inputs: int, outputs: int, *kept: int) -> float:
-        made = self.operation
         if kept:
-            made, inputs, outputs = made.trimmed(dict(zip(self.trims, kept, strict=True)), inputs, outputs)
-        key = (made.signature, made.whole and made.whole.signature, inputs, outputs)
-        if key not in self.known:
-            self.known[key] = self.costs.cost(made, inputs, outputs) + self.each_s * made.weights(inputs, outputs)
-        return self.known[key]
+            return self._price(*self.operation.trimmed(dict(zip(self.trims, kept, strict=True)), inputs, outputs))
+        if (inputs, outputs) not in self._alike:
+            self._alike[inputs, outputs] = self._price(self.operation, inputs, outputs)
+        return self._alike[inputs, outputs]
+
+    def _price(self, made: Operation, inputs: int, outputs: int) -> float:
+        return self.costs.cost(made, inputs, outputs) + self.each_s * made.weights(inputs, outputs)
+
+    @cached_property
+    def _alike(self) -> dict[tuple[int, int], float]:
+        """What is known of operations that differ in where they are, and in what decides their widths, alone."""
+        alike = replace(
+            self.operation, name="", where="", weight="", blocks=frozenset(), inputs=_NOWHERE, outputs=_NOWHERE
+        )
+        return self.known.setdefault(alike, {})
+
+
+_NOWHERE = Extent(0, ())
 
 
 def _count(name: str) -> Extent:
