@@ -2,7 +2,7 @@
 
 A runtime that allocates as it runs, as eager PyTorch does, pays for glibc's returning of memory: a block of more than
 32 MiB is mapped and zeroed anew each time, and so is the free end of the heap. Which layers pay depends on their size
-and on what else lies in the heap, so that a network takes 1.4 times as long in one process as in the next. The tuning
+and on what else lies in the heap, so that the same network takes far longer in one process than in the next. The tuning
 guide of PyTorch recommends allocators that keep memory (jemalloc, tcmalloc). Runtimes that plan theirs do not notice.
 
 Glibc does the same with `ENVIRONMENT` set when a process starts; its manual has the numbers under mallopt.

@@ -181,6 +181,8 @@ def main(
 ) -> None:
     """Print the tables."""
     torch.set_num_threads(1)
+    if evidence and (table is None or "rivals" not in only):
+        raise typer.BadParameter("--evidence is for the rivals at measured latency; give --only rivals --table FILE")
     if truth is not None:
         from tools.truth import run
 
@@ -198,7 +200,7 @@ def main(
         shown, better = rivalry.told(kept, "predicted" if table is None else "measured")
         out.print(shown, highlight=False)
         good, rows["rivals"] = good and better, [asdict(row) for row in kept]
-        if evidence and table is not None:
+        if evidence:
             key = ("network", "profile", "budget", "rival")
             add("rivals", rows["rivals"], command=f"{COMMAND} --evidence", key=key)
     if json_ is not None:

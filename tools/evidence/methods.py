@@ -119,10 +119,6 @@ class Contest:
         """Run one method on its network."""
         before = planner.accuracy(self.dense, course.data.test)
         match method:
-            case "WGSEF, one budget":
-                return self.shared(course)
-            case "GroupNorm, sparse training":
-                return self.decayed(net, course)
             case "WGSEF de-biased" | "WGSEF convex":
                 form = {"debiased": method.endswith("biased")}
                 return self.sparse(self.plan.model_copy(update=form), course)
@@ -133,6 +129,10 @@ class Contest:
             case "random channels of our plan":
                 options = self.posed.options(thrifty=True)
                 return self.cut(planner.at_random(self.posed.graph, options, seed=seed), before, course)
+        if method == ONE_BUDGET:
+            return self.shared(course)
+        if method == DECAYED:
+            return self.decayed(net, course)
         if method == SIBLING:
             return course.finished(net.model(self.draw(seed), self.posed), None, 0)
         return course.finished(net.model(self.dense, self.posed), before, 0)
@@ -179,7 +179,10 @@ class Contest:
         model, last = copy.deepcopy(self.dense), round(course.steps * course.recipe.sparse_fraction)
         graph, ranking = self.posed.graph, RIVALS[RANKED]
         pruner = sparse_pruner(model, graph, ranking)
-        decay = lambda *_: pruner.regularize(model)  # noqa: E731
+
+        def decay(*_: object) -> None:
+            pruner.regularize(model)
+
         course.train_(model, 0, last, lambda optimizer: optimizer.register_step_pre_hook(decay))
         before = planner.accuracy(model, course.data.test)
         wanted, small, best = self.fraction * self.share(ranked.choice) / ranked.fraction, model, float("inf")
