@@ -117,12 +117,12 @@ def greedy(judge: Judge, posed: Problem) -> list[Keep]:
         open_ = {name: ratio for name, ratio in gains.items() if ratio is not None}
         if not open_:
             return path
-        worst, most = min(open_, key=lambda name: open_[name]), knapsack.most
+        worst = min(open_, key=lambda name: open_[name])
         below = _below(keep[worst], options[worst])
         knapsack.totals -= knapsack.freed(keep, worst, below)
         keep[worst] = below
         path.append(dict(keep))
-        stale = knapsack.beside[worst] if knapsack.most == most else keep  # another sum decides what all free
+        stale = keep if len(knapsack.totals) > 1 else knapsack.beside[worst]  # which sum is largest concerns all
         for name in stale:
             gains[name] = knapsack.gain(keep, name, _below(keep[name], options[name]))
 
@@ -148,11 +148,6 @@ class _Knapsack:
         terms = {n: [[term for term in own if n in widths_of(term.extents)] for own in sums] for n in keep}
         beside = {n: {m for t in own[0] for m in widths_of(t.extents) if m in keep} | {n} for n, own in terms.items()}
         return cls(judge, totals, terms, beside)
-
-    @property
-    def most(self) -> int:
-        """Which sum counts."""
-        return int(self.totals.argmax())
 
     def freed(self, keep: Keep, name: str, below: int) -> NDArray[np.float64]:
         """Return by how much each sum falls with a width."""
