@@ -5,7 +5,16 @@ from planner.agreement import Agreement
 from planner.document import with_depth_budget, with_global_budget
 from planner.graph import Graph, trace
 from planner.groups import Groups, group
-from planner.importance import Importance, at_random, batchnorm_scale, magnitude, measured, supplied, taylor
+from planner.importance import (
+    Importance,
+    at_random,
+    batchnorm_scale,
+    calibrated_cross_entropy,
+    magnitude,
+    measured,
+    supplied,
+    taylor,
+)
 from planner.latency import LatencyTable
 from planner.limits import Limits
 from planner.pools import with_structures
@@ -43,6 +52,7 @@ __all__ = [
     "at_random",
     "attach",
     "batchnorm_scale",
+    "calibrated_cross_entropy",
     "envelope",
     "fit",
     "group",

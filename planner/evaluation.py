@@ -1,4 +1,4 @@
-"""Evaluation mode, for as long as it is needed."""
+"""Evaluation mode, and BatchNorm by the statistics of a batch, for as long as they are needed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,3 +16,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def normalising_by_batch(model: nn.Module) -> Iterator[None]:
+    """Within the block every BatchNorm takes the statistics of its batch, as after a cut, and keeps its running ones.
+
+    A batch should have many examples; PyTorch refuses one value a channel.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    modes = [(norm, norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, training, tracked in modes:
+            norm.training, norm.track_running_stats = training, tracked

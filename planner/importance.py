@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from planner.blocks import Block
-from planner.evaluation import evaluating
+from planner.evaluation import evaluating, normalising_by_batch
 from planner.graph import Graph
 from planner.groups import Groups, group
 from planner.structures import Depth, Structure, kept, ranked
@@ -19,6 +20,7 @@ from profiles.errors import PlanError
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+_TEMPERATURES = 64
 Candidates = Mapping[str, Sequence[int]]  # numbers to consider for each width or trim, the dense one included
 
 
@@ -35,6 +37,20 @@ class Importance:
     def with_depth_priced(self, factor: float) -> "Importance":
         """Return the importance with γ multiplied by `factor`: at 0 blocks leave as if each were alone."""
         return replace(self, stages={stage: gamma * factor for stage, gamma in self.stages.items()})
+
+    def raised(self, power: float, graph: Graph) -> "Importance":
+        """Return the importance with every loss to a power: above 1 it shuns large cuts, below 1 many small ones.
+
+        The cheaper half of a stage's blocks together costs the power of what it did, which sets γ.
+        """
+        widths = {name: {n: loss**power for n, loss in losses.items()} for name, losses in self.widths.items()}
+        blocks = {name: loss**power for name, loss in self.blocks.items()}
+        stages = {}
+        for stage, own in _of_stage(graph).items():
+            cheap = [block.name for block in _cheaper(own, self.blocks)]
+            together = sum(self.blocks[name] for name in cheap) + self.stages.get(stage, 0.0) * len(cheap) ** 2
+            stages[stage] = max(0.0, together**power - sum(blocks[name] for name in cheap)) / len(cheap) ** 2
+        return replace(self, name=f"{self.name}^{power:g}", widths=widths, blocks=blocks, stages=stages)
 
 
 def magnitude(model: nn.Module, graph: Graph, candidates: Candidates) -> Importance:
@@ -148,8 +164,9 @@ def measured(
 ) -> Importance:
     """Measure the loss with each candidate cut alone, channels ranked by first-order Taylor on their group.
 
-    The model evaluates meanwhile and is left as it was; the loss is a mean over the batch. `answers` takes each
-    measured rise as it is known, and what it holds already is not measured again.
+    The model evaluates meanwhile, but BatchNorm takes the statistics of each batch, as after a cut it must have new
+    ones; it is left as it was. The loss is a mean over the batch; for classes calibrated_cross_entropy tells damage
+    best. `answers` takes each measured rise as it is known, and what it holds already is not measured again.
 
     γ of a stage is such that removing its cheaper half of blocks costs what it was measured to cost: the sum of single
     removals misses that a residual stage can spare any one of its blocks, not many of them.
@@ -158,12 +175,10 @@ def measured(
     batches = [(x.to(device), y.to(device)) for x, y in batches]
     with evaluating(model):
         scores = _taylor(model, {name: structure_of(graph.part[name]) for name in candidates}, batches, loss)
+    with evaluating(model), normalising_by_batch(model):
         asked = _Rises(model, batches, loss, {} if answers is None else answers)
         widths = {name: asked.of_part(graph.part[name], counts, scores[name]) for name, counts in candidates.items()}
-        of_stage: dict[str, list[Block]] = defaultdict(list)
-        for block in graph.blocks:
-            if not block.frozen:
-                of_stage[block.stage].append(block)
+        of_stage = _of_stage(graph)
         blocks = {b.name: asked.of_blocks(f"block {b.name}", [b]) for found in of_stage.values() for b in found}
         stages = {stage: asked.of_stage(stage, found, blocks) for stage, found in of_stage.items()}
     return Importance("measured", widths, blocks, stages, scores)
@@ -195,7 +210,7 @@ class _Rises:
 
     def of_stage(self, stage: str, blocks: Sequence[Block], alone: Mapping[str, float]) -> float:
         """Return γ: what the cheaper half of the blocks of a stage costs beyond the sum of each, by their number²."""
-        cheap = sorted(blocks, key=lambda block: alone[block.name])[: max(2, -(-len(blocks) // 2))]
+        cheap = _cheaper(blocks, alone)
         together = self.of_blocks(f"stage {stage}", cheap)
         return max(0.0, together - sum(alone[block.name] for block in cheap)) / len(cheap) ** 2
 
@@ -206,6 +221,20 @@ class _Rises:
             with _masked(self.model, group(structures, self.model), kept):
                 self.answers[name] = max(0.0, mean_loss(self.model, self.batches, self.loss) - self.base)
         return self.answers[name]
+
+
+def _of_stage(graph: Graph) -> dict[str, list[Block]]:
+    """Return the blocks that may leave, by their stages."""
+    found: dict[str, list[Block]] = defaultdict(list)
+    for block in graph.blocks:
+        if not block.frozen:
+            found[block.stage].append(block)
+    return found
+
+
+def _cheaper(blocks: Sequence[Block], alone: Mapping[str, float]) -> list[Block]:
+    """Return the half of the blocks of a stage whose loss is lowest alone, and two of them at least."""
+    return sorted(blocks, key=lambda block: alone[block.name])[: max(2, -(-len(blocks) // 2))]
 
 
 @contextmanager
@@ -220,6 +249,17 @@ def _masked(model: nn.Module, groups: Groups, kept: Tensor) -> Iterator[None]:
         with torch.no_grad():
             for name, tensor in saved.items():
                 parameters[name].copy_(tensor)
+
+
+def calibrated_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return min over t of the cross entropy of softmax(outputs / t), the best temperature for a batch.
+
+    A network that was cut errs with more certainty than it has reason to, so that its cross entropy may be above that
+    of guessing, log(classes), which this never is; the scale is what training mends first. Outputs (batch, classes),
+    targets (batch,) of classes. Guo et al. 2017, arXiv 1706.04599, section 4.2.
+    """
+    scales = torch.cat([torch.zeros(1), torch.logspace(-3, 0.5, _TEMPERATURES)]).to(outputs.device)  # 1 / t
+    return torch.stack([cross_entropy(outputs.float() * scale, targets) for scale in scales]).min()
 
 
 @torch.no_grad()

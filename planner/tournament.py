@@ -1,7 +1,7 @@
 """Plans that differ in their mix of depth and width, told apart by the loss of the network that they leave.
 
 Losses of single cuts do not add up, for depth least of all, so the program's objective ranks such plans badly. Here
-each is cut, its BatchNorm statistics are taken anew, and its loss is measured before any training.
+each is cut, BatchNorm takes the statistics of each batch, and the loss is measured before any training.
 """
 
 import copy
@@ -10,25 +10,23 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from planner.evaluation import evaluating
+from planner.evaluation import evaluating, normalising_by_batch
 from planner.graph import Graph
 from planner.groups import group
 from planner.importance import Batch, Importance, Loss, mean_loss
 from planner.pools import structures_of
 from planner.spec import Plan
 from planner.structures import Depth, Filter, kept
-from planner.train import recalibrate_
 
 
 def loss_after(
     model: nn.Module, graph: Graph, plan: Plan, importance: Importance, batches: Sequence[Batch], *, loss: Loss
 ) -> float:
-    """Return the mean loss over `batches` of a copy of `model` cut as planned, its BatchNorm statistics taken anew."""
+    """Return the mean loss of a copy of `model` cut as planned, BatchNorm by the statistics of each of `batches`."""
     cut = masked(model, graph, plan, importance)
     device = next(cut.parameters()).device
     batches = [(x.to(device), y.to(device)) for x, y in batches]
-    recalibrate_(cut, batches)
-    with evaluating(cut):
+    with evaluating(cut), normalising_by_batch(cut):
         return mean_loss(cut, batches, loss)
 
 

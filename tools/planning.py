@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import planner
 from planner import Graph, Importance, LatencyTable, Limits, Plan, Problem, Scope
-from planner.importance import Batch, questions
+from planner.importance import Batch, calibrated_cross_entropy, questions
 from planner.latency import forecast
 from planner.limits import Latency
 from planner.search import Tables, devices_of
@@ -29,10 +30,12 @@ from tools.scoping import RANKINGS
 from tools.threads import fastest, one_thread
 
 SENSITIVITY_IMAGES = 384
-DEPTH_PRICES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # factors of γ whose plans are held against each other
+DEPTH_PRICES = (0.0, 0.03, 0.3, 1.0)  # factors of γ, and
+POWERS = (0.5, 1.0, 2.0)  # of losses, whose plans are held against each other
 CLOSE = 0.02  # a plan whose network is predicted within this needs no further refinement
 REPLANS = 3  # how often a plan may be made again because its network took longer, or less, than planned
 SAVE_EVERY_S = 2.0
+_LOSS = calibrated_cross_entropy
 
 
 @dataclass
@@ -125,11 +128,11 @@ def sensitivity(brief: Brief, posed: Problem, stage: Stage) -> Importance:
     """Measure what each candidate costs in loss; an interrupted measurement goes on where it was."""
     graph, options = posed.graph, posed.options(thrifty=True)  # a refined table may find others useful than this one
     batches, total = brief.batches, questions(graph, options)
-    path = user_cache_path("espalier") / "sensitivity" / f"{_identity(brief.model, graph, batches)}.json"
+    path = user_cache_path("espalier") / "sensitivity" / f"{_identity(brief.model, graph, batches)}.calibrated.json"
     with stage.phase("measure sensitivity") as phase, fastest(brief.model, batches[0][0]):
         answers = Answers(path, lambda done: phase.show(min(done, total), total))
         try:
-            return planner.measured(brief.model, graph, options, batches, loss=cross_entropy, answers=answers)
+            return planner.measured(brief.model, graph, options, batches, loss=_LOSS, answers=answers)
         finally:
             answers.save()
 
@@ -143,21 +146,24 @@ def _identity(model: nn.Module, graph: Graph, batches: Sequence[Batch]) -> str:
 
 
 def contest(brief: Brief, posed: Problem, importance: Importance, stage: Stage) -> Importance:
-    """Return the importance whose price of depth gives the plan that leaves the best network.
+    """Return the importance whose plan leaves the best network: of several prices of depth, and powers of losses.
 
-    Plans for several prices are cut, their BatchNorm statistics taken anew, and their losses compared.
+    Losses of single cuts do not add up, and which sum tells best differs from network to network. So the plans are
+    cut, and what they lose is measured.
     """
+    prices = DEPTH_PRICES if importance.blocks else (1.0,)
+    powers = [importance.raised(power, posed.graph) for power in POWERS]
+    variants = [own.with_depth_priced(price) for own, price in product(powers, prices)]
     best, least, seen = importance, float("inf"), set[str]()
     with stage.phase("compare depth with width") as phase:
-        for index, price in enumerate(DEPTH_PRICES):
-            priced = importance.with_depth_priced(price)
-            plan = posed.solve(brief.latency, brief.limits, importance=priced)
+        for index, variant in enumerate(variants):
+            plan = posed.solve(brief.latency, brief.limits, importance=variant)
             if _key(plan) not in seen:
                 seen.add(_key(plan))
-                loss = planner.loss_after(brief.model, posed.graph, plan, importance, brief.batches, loss=cross_entropy)
+                loss = planner.loss_after(brief.model, posed.graph, plan, importance, brief.batches, loss=_LOSS)
                 if loss < least:
-                    best, least = priced, loss
-            phase.step(f"{len(seen)} plans, best loss {least:.3f}", index + 1, len(DEPTH_PRICES))
+                    best, least = variant, loss
+            phase.step(f"{len(seen)} plans, best loss {least:.3f}", index + 1, len(variants))
     return best
 
 

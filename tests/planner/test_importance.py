@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,16 @@ import planner
 from backends.rebuild import cut
 from planner.graph import trace
 from planner.groups import group
-from planner.importance import at_random, batchnorm_scale, magnitude, measured, questions, supplied, taylor
+from planner.importance import (
+    at_random,
+    batchnorm_scale,
+    calibrated_cross_entropy,
+    magnitude,
+    measured,
+    questions,
+    supplied,
+    taylor,
+)
 from planner.structures import Filter
 from profiles.errors import PlanError
 from tools.examples.resnet import ResNet
@@ -35,10 +46,10 @@ def blocks_net() -> nn.Module:
 
 
 def mean_loss(model: nn.Module) -> float:
-    """Return the mean loss over all samples."""
-    x, y = (torch.cat(parts) for parts in zip(*BATCHES, strict=True))
+    """Return the mean loss over all samples, BatchNorm by the statistics of each batch; nothing here drops out."""
     with torch.no_grad():
-        return float(cross_entropy(copy.deepcopy(model).eval()(x), y))
+        losses = [len(y) * float(cross_entropy(copy.deepcopy(model).train()(x), y)) for x, y in BATCHES]
+    return sum(losses) / sum(len(y) for _, y in BATCHES)
 
 
 def options(model: nn.Module) -> tuple[planner.Graph, dict[str, tuple[int, ...]]]:
@@ -78,6 +89,17 @@ def test_a_cut_costs_what_it_says() -> None:
         assert any(rises[size - 1] == pytest.approx(one, abs=1e-5) for one in ones)
 
 
+def test_the_best_temperature_is_that_of_a_search() -> None:
+    outputs, targets = 7 * torch.randn(40, 6, generator=GENERATOR), torch.arange(40) % 6  # sure, and mostly wrong
+    sharp = outputs + 20 * torch.nn.functional.one_hot(targets, 6)  # sure, and mostly right
+    for given in (outputs, sharp, outputs / 30):
+        fine = min(float(cross_entropy(given * 10 ** (power / 500), targets)) for power in range(-2000, 250))
+        assert float(calibrated_cross_entropy(given, targets)) == pytest.approx(min(fine, math.log(6)), rel=5e-3)
+    assert float(calibrated_cross_entropy(outputs, targets)) <= math.log(6) + 1e-6
+    assert math.log(6) < float(cross_entropy(outputs, targets))
+    assert float(calibrated_cross_entropy(sharp, targets)) <= float(cross_entropy(sharp, targets)) + 1e-6
+
+
 def test_the_taylor_score_spares_channels_that_matter() -> None:
     model = blocks_net()
     graph, candidates = options(model)
@@ -85,7 +107,8 @@ def test_the_taylor_score_spares_channels_that_matter() -> None:
     model = masked(model, graph, {name: torch.tensor([1, 3])})  # the others are worth nothing
     found = measured(model, graph, candidates, BATCHES, loss=cross_entropy)
     assert found.widths[name][2] == pytest.approx(0, abs=1e-6)
-    assert found.widths[name][1] > 1e-4
+    assert set(found.scores[name].topk(2).indices.tolist()) == {1, 3}
+    assert found.scores[name][1] > 1e-4 < found.scores[name][3]
 
 
 def test_gamma_reproduces_the_joint_loss() -> None:
@@ -119,7 +142,6 @@ def test_loss_after_a_cut_is_that_of_the_masked_network() -> None:
     after = planner.loss_after(model, graph, plan, found, BATCHES, loss=cross_entropy)
     kept = {w.name: found.scores[w.name].topk(w.keep).indices for w in plan.widths if 0 < w.keep < w.dense}
     small = cut(model, graph, kept, plan.choice.removed)
-    planner.recalibrate_(small, BATCHES)
     assert after == pytest.approx(mean_loss(small), rel=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -195,3 +217,19 @@ def test_taylor_is_the_gradient_times_the_weights_of_what_goes() -> None:
     expected = {1: float(ranked[:3].sum()), 3: float(ranked[:1].sum()), 4: 0.0}
     assert found.widths[name] == pytest.approx(expected, rel=1e-4, abs=1e-7)
     assert all(cost > 0 for cost in found.blocks.values())
+
+
+def test_a_power_of_losses_keeps_what_half_a_stage_costs() -> None:
+    model = blocks_net()
+    graph, candidates = options(model)
+    found = replace(taylor(model, graph, candidates, BATCHES, loss=cross_entropy), stages={graph.blocks[0].stage: 0.3})
+    (stage,) = found.stages
+    cheap = sorted(found.blocks.values())[:2]  # the cheaper half, of three
+    for power in (0.5, 1.0, 2.0):
+        raised = found.raised(power, graph)
+        assert raised.widths == {w: {n: loss**power for n, loss in own.items()} for w, own in found.widths.items()}
+        assert raised.blocks == {name: loss**power for name, loss in found.blocks.items()}
+        together = (sum(cheap) + 4 * 0.3) ** power
+        lone = sum(loss**power for loss in cheap)
+        assert lone + 4 * raised.stages[stage] == pytest.approx(max(lone, together))
+    assert found.raised(1.0, graph).stages == pytest.approx(found.stages)

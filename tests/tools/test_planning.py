@@ -1,6 +1,7 @@
 """A plan's network is measured before training; where the table was off there it learns, and the plan is made again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,16 +10,27 @@ import torch
 from rich.console import Console
 
 import profiles
-from planner import Graph, LatencyTable, Problem, magnitude, trace
+from planner import (
+    Graph,
+    Importance,
+    LatencyTable,
+    Problem,
+    calibrated_cross_entropy,
+    loss_after,
+    magnitude,
+    taylor,
+    trace,
+)
 from planner.candidates import candidates
 from planner.latency import Key, Probe, keys
 from planner.operations import Choice
 from tools import planning
 from tools.console import Stage
+from tools.examples.resnet import ResNet
 from tools.outcome import Try
-from tools.planning import CLOSE, REPLANS, Brief, Settling
+from tools.planning import CLOSE, DEPTH_PRICES, POWERS, REPLANS, Brief, Settling, contest
 
-from ..planner.nets import table_of
+from ..planner.nets import anywhere, looking_trained, table_of
 from . import tiny
 
 PROFILE = profiles.load("x86_64_v4.onnxruntime.fp32")
@@ -112,3 +124,23 @@ def test_a_device_that_no_table_describes_is_measured_four_times_at_most(
     assert [each.corrected for each in own.tries] == [True, True, True, False]
     assert [each.measured for each in own.tries] == [0.9, 0.6, 0.8, 0.75]
     assert plan.choice == plans[1]  # the one that exceeds its budget least
+
+
+def test_the_contest_finds_the_plan_that_leaves_the_best_network() -> None:
+    dice = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(32, 3, 8, 8, generator=dice), torch.arange(32) % 5) for _ in range(2)]
+    model = looking_trained(ResNet(2, (8, 16, 16)))
+    brief = Brief(model, (batches[0][0][:1],), anywhere(), 0.5, batches)
+    posed = brief.problem(None)
+    importance = taylor(model, posed.graph, posed.options(thrifty=True), batches, loss=calibrated_cross_entropy)
+    importance = replace(importance, stages=dict.fromkeys(importance.stages, 0.1))  # so that its price matters
+
+    def loses(variant: Importance) -> float:
+        plan = posed.solve(0.5, importance=variant)
+        return loss_after(model, posed.graph, plan, importance, batches, loss=calibrated_cross_entropy)
+
+    found = contest(brief, posed, importance, Stage(Console(quiet=True)))
+    every = [importance.raised(power, posed.graph) for power in POWERS]
+    losses = [loses(own.with_depth_priced(price)) for own in every for price in DEPTH_PRICES]
+    assert loses(found) == pytest.approx(min(losses), rel=1e-4)
+    assert min(losses) < 0.999 * max(losses)

@@ -121,6 +121,13 @@ class Field:
         """What single cuts cost in loss, with the price of depth that leaves the best network."""
         return contest(self.brief, self.posed, sensitivity(self.brief, self.posed, self.stage), self.stage)
 
+    @cached_property
+    def _without_depth(self) -> Importance:
+        """What single cuts cost if blocks are too dear to leave, as the best network without them is found."""
+        found = sensitivity(self.brief, self.posed, self.stage)
+        dear = replace(found, blocks=dict.fromkeys(found.blocks, 1e6))
+        return contest(self.brief, self.posed, dear, self.stage)
+
     def ours(self) -> tuple[Plan, Net]:
         """Return our plan with its network, made and measured now or kept."""
         plan, net = self.folder / "plan.json", self.folder / "ours.json"
@@ -174,7 +181,7 @@ class Field:
             options = posed.options(thrifty=True)  # too many to cut each and measure the loss
             importance = planner.taylor(self.brief.model, posed.graph, options, self.brief.batches, loss=cross_entropy)
         if name == BY_WIDTH:
-            importance = replace(importance, blocks=dict.fromkeys(importance.blocks, 1e6))
+            importance = self._without_depth
         for share in SHARES:
             by_macs = (None, Limits(macs=share))
             try:
