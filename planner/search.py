@@ -280,19 +280,35 @@ class Solver:
         return quantum(self.posed.graph, self.posed.profile, width) if width else 1
 
     def _within(self, wanted: Sequence[Limit], gap: float) -> tuple[Choice, Proof]:
-        """Solve; where the program's costs were straight lines, hold the solution to the exact ones."""
-        tightened = [own.most for own in wanted]
-        for _ in range(_TRIES):
-            budgets = [b for own, most in zip(wanted, tightened, strict=True) for b in self._budgets(own, most)]
+        """Solve within the budget that is tightest, and add those that its best choice exceeds until there are none.
+
+        A choice that is best within fewer budgets and keeps all is best within all. Where the program's costs were
+        straight lines, hold the solution to the exact ones.
+        """
+        most, tries, seconds = [own.most for own in wanted], 0, 0.0
+        held = {max(range(len(wanted)), key=lambda i: self._tightness(wanted[i]))} if wanted else set()
+        while tries < _TRIES:
+            budgets = [budget for i in sorted(held) for budget in self._budgets(wanted[i], most[i])]
             found = self.program.solve(self._losses, budgets, gap=gap)
             if found is None:
                 break
-            full = self.posed.graph.choice(found[0].keep, found[0].removed)
+            choice, proof = found
+            seconds += proof.solved_s
+            full = self.posed.graph.choice(choice.keep, choice.removed)
             over = [own.resource.under(full) / own.most for own in wanted]
             if max(over, default=0.0) <= 1 + 1e-6:
-                return found
-            tightened = [most / max(1.0, by * (1 + 1e-6)) for most, by in zip(tightened, over, strict=True)]
+                return choice, proof.model_copy(update={"solved_s": round(seconds, 3)})
+            exceeded = {i for i, by in enumerate(over) if by > 1 + 1e-6}
+            for i in exceeded & held:
+                most[i] /= over[i] * (1 + 1e-6)
+            tries += exceeded <= held
+            held |= exceeded
         raise PlanError(self._refusal(wanted))
+
+    def _tightness(self, own: Limit) -> float:
+        """Return how much of a budget a network of middling widths takes."""
+        middle = {name: counts[len(counts) // 2] for name, counts in self.options.items()}
+        return own.resource.under(self.posed.graph.choice(middle)) / max(own.most, 1e-30)
 
     def _budgets(self, own: Limit, most: float) -> list[Budget]:
         return [Budget(cost, most - constant) for cost, constant in self._costs(own.resource)]

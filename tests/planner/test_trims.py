@@ -300,7 +300,7 @@ def test_every_importance_knows_trims() -> None:
         group([structure_of(kernel)], masked).scale_(dict(masked.named_parameters()), torch.eye(9)[0])
         assert (masked.get_parameter(INNER)[..., 0, 0] == 0).all()
         (x, y), *_ = batches
-        rise = float(loss(masked(x), y) - loss(model(x), y))
+        rise = float(loss(masked.train()(x), y) - loss(copy.deepcopy(model).train()(x), y))  # statistics of the batch
     assert measured.widths[f"{INNER} kernel"][1] == pytest.approx(max(0.0, rise), abs=1e-5)
 
 
