@@ -58,6 +58,7 @@ class Program:
     leaves: dict[str, int] = field(default_factory=dict)
     _joint: dict[object, list[int]] = field(default_factory=dict)
     _mixtures: dict[object, list[Point]] = field(default_factory=dict)
+    _squares: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Add the binaries of widths and blocks; exactly one candidate holds unless the block around it leaves."""
@@ -240,13 +241,18 @@ class Program:
             members = [self.leaves[b.name] for b in self.graph.blocks if b.stage == stage and b.name in self.leaves]
             if gamma <= 0 or not members:
                 continue
-            most = len(members)
-            share = self.variable(integral=False)  # n² / most²
-            loss[share] = gamma * most**2
+            loss[self._square(stage, members)] = gamma * len(members) ** 2
+        return loss
+
+    def _square(self, stage: str, members: Sequence[int]) -> int:
+        """Return the variable of a stage that is n² / most² where n of its most blocks leave, or above."""
+        if stage not in self._squares:
+            most, share = len(members), self.variable(integral=False)
             for n in range(most):
                 chord = dict.fromkeys(members, -(2 * n + 1.0))
                 self.rows.append(({**chord, share: float(most**2)}, -n * (n + 1.0), _INFINITY))
-        return loss
+            self._squares[stage] = share
+        return self._squares[stage]
 
     def solve(
         self, objective: Terms, budgets: Sequence[Budget] = (), *, gap: float = 0.0

@@ -149,17 +149,14 @@ class Problem:
     def solve(
         self, latency: Latency | None, limits: Limits | None = None, *, importance: Importance | None = None
     ) -> Plan:
-        """Return the plan that loses least within the budgets; another call with other budgets costs little more."""
+        """Return the plan that loses least within the budgets; the next, for others or other losses, costs little."""
         limits = limits or Limits()
         if latency is None and not limits.amounts():
             raise PlanError("nothing is limited, so the dense model is best; give a latency or another limit")
         thrifty = bool(limits.amounts())
-        if (key := (thrifty, limits.tied, id(importance))) not in self._solved:
-            options = self.options(thrifty=thrifty)
-            known = importance or magnitude(self.model, self.graph, options)
-            _check_covers(known, self.graph, options)
-            self._solved[key] = Solver(self, options, known, limits.tied)
-        return self._solved[key].plan(latency, limits)
+        if (key := (thrifty, limits.tied)) not in self._solved:
+            self._solved[key] = Solver(self, self.options(thrifty=thrifty), limits.tied)
+        return self._solved[key].plan(latency, limits, importance)
 
 
 @dataclass(frozen=True)
@@ -192,17 +189,13 @@ class Limit:
 
 
 class Solver:
-    """The integer program of one problem under one importance, for any budgets."""
+    """The integer program of one problem, for any budgets and losses."""
 
     def __init__(
-        self,
-        posed: Problem,
-        options: Mapping[str, tuple[int, ...]],
-        importance: Importance,
-        tied: tuple[tuple[str, str], ...],
+        self, posed: Problem, options: Mapping[str, tuple[int, ...]], tied: tuple[tuple[str, str], ...]
     ) -> None:
         """Build the program."""
-        self.posed, self.options, self.importance, self.tied = posed, options, importance, tied
+        self.posed, self.options, self.tied = posed, options, tied
         self.program = Program(posed.graph, options)
         self._sums: dict[str, list[tuple[Terms, float]]] = {}
         self._resources: dict[str, Resource] = {}
@@ -211,7 +204,11 @@ class Solver:
                 if name not in options:
                     raise PlanError(f"{name!r} is tied, but is no width that is planned; `espalier groups` lists them")
             self.program.tie(one, other)
-        self._losses = self.program.losses(importance)
+
+    @cached_property
+    def magnitude(self) -> Importance:
+        """What weights say, where no importance is given."""
+        return magnitude(self.posed.model, self.posed.graph, self.options)
 
     def limits(self, latency: Latency | None, limits: Limits) -> Iterator[Limit]:
         """Read the budgets."""
@@ -239,16 +236,18 @@ class Solver:
             raise PlanError(f"{self.posed.profile.id} states no on-chip capacity; give the limit in bytes")
         return f"{found} B"
 
-    def plan(self, latency: Latency | None, limits: Limits) -> Plan:
+    def plan(self, latency: Latency | None, limits: Limits, importance: Importance | None) -> Plan:
         """Return the plan within the budgets."""
+        importance = importance or self.magnitude
         graph, wanted = self.posed.graph, list(self.limits(latency, limits))
-        choice, proof = self._within(wanted, limits.gap)
+        _check_covers(importance, graph, self.options)
+        choice, proof = self._within(wanted, self.program.losses(importance), limits.gap)
         choice = self._untrimmed(choice)
         full = graph.choice(choice.keep, choice.removed)
         time = self.posed.times[self.posed.profile.id]
         costs = self.posed.costs[self.posed.profile.id]
         quanta = {name: self.quantum(name) for name in self.options}
-        document = Document(graph, self.posed.profile, costs, time, self.options, quanta, self.importance)
+        document = Document(graph, self.posed.profile, costs, time, self.options, quanta, importance)
         fraction = next((w.most / w.dense for w in wanted if w.resource is time), 1.0)
         made = document.written(choice, proof, [own.written(full) for own in wanted], fraction)
         notes, scope = (*self.posed.notes, *self._trimmed(full), *doubts(made)), self.posed.scope
@@ -279,7 +278,7 @@ class Solver:
         width = self.posed.graph.width.get(name)
         return quantum(self.posed.graph, self.posed.profile, width) if width else 1
 
-    def _within(self, wanted: Sequence[Limit], gap: float) -> tuple[Choice, Proof]:
+    def _within(self, wanted: Sequence[Limit], losses: Terms, gap: float) -> tuple[Choice, Proof]:
         """Solve within the budget that is tightest, and add those that its best choice exceeds until there are none.
 
         A choice that is best within fewer budgets and keeps all is best within all. Where the program's costs were
@@ -289,7 +288,7 @@ class Solver:
         held = {max(range(len(wanted)), key=lambda i: self._tightness(wanted[i]))} if wanted else set()
         while tries < _TRIES:
             budgets = [budget for i in sorted(held) for budget in self._budgets(wanted[i], most[i])]
-            found = self.program.solve(self._losses, budgets, gap=gap)
+            found = self.program.solve(losses, budgets, gap=gap)
             if found is None:
                 break
             choice, proof = found

@@ -22,7 +22,7 @@ from planner.candidates import candidates, useful
 from planner.document import with_global_budget
 from planner.graph import Graph, trace
 from planner.latency import Reload, Rules, keys
-from planner.limits import amount
+from planner.limits import Limits, amount
 from planner.offers import trimmable
 from planner.operations import Choice
 from planner.program import Budget, Program
@@ -193,6 +193,64 @@ def test_the_program_finds_the_optimum_of_brute_force(name: str) -> None:
             assert posed.needs(resource, [choice])[0] <= most * (1 + 1e-6), (name, seed)
         trimmed += any(choice.keep[trim.name] < trim.size for trim in posed.graph.trims if trim.name in posed.options)
     assert trimmed >= SEEDS // 16, "too few of the best plans trim anything"
+
+
+def test_one_problem_finds_the_optimum_for_any_budgets_and_losses() -> None:
+    blocks = [Sum(conv(4, 3), nn.ReLU(), conv(3, 4)) for _ in range(2)]
+    model = nn.Sequential(conv(3, 4), *blocks, nn.ReLU(), conv(4, 3), nn.Flatten(), nn.Linear(3 * 64, 2))
+    graph, dice, other = trace(model, INPUTS), random.Random(0), PROFILES[0]
+    wanted = trimmed_keys(graph, {w.name: range(1, w.size + 1) for w in graph.cuttable})
+    tables = {own: table_of(graph, {key: dice.uniform(1e-4, 1e-3) for key in wanted}) for own in ("any", other)}
+    posed = planner.Problem(
+        model, graph, nets.anywhere(), planner.Scope(), {"any.pytorch.fp32": tables["any"], other: tables[other]}
+    )
+    options = posed.options(thrifty=True)
+    choices = []
+    for removed in subsets([block.name for block in graph.blocks if not block.frozen]):
+        gone = {name for name in options if graph.part[name].block in removed}
+        for counts in product(*(options[name] if name not in gone else (0,) for name in options)):
+            choices.append(Choice(dict(zip(options, counts, strict=True)), removed))
+    held = {**posed.times, **{name: posed.resource(name) for name in ("macs", "parameters")}}
+    shares = {
+        n: np.array([r.under(graph.choice(c.keep, c.removed)) for c in choices]) / r.under(graph.dense)
+        for n, r in held.items()
+    }
+    several = 0
+    for seed in range(SEEDS):
+        widths = {
+            n: {count: dice.uniform(0, 1) * (count < max(counts)) for count in counts} for n, counts in options.items()
+        }
+        free = [block for block in graph.blocks if not block.frozen]
+        importance = Importance(
+            "random",
+            widths,
+            {b.name: dice.uniform(0, 1) for b in free},
+            {b.stage: dice.choice((0.0, 0.4)) for b in free},
+        )
+        losses = np.array(
+            [
+                sum(widths[n][k] for n, k in c.keep.items() if k)
+                + sum(importance.blocks[b] for b in c.removed)
+                + sum(g * len(c.removed) ** 2 for g in importance.stages.values())
+                for c in choices
+            ]
+        )
+        budgets = {name: dice.uniform(max(0.3, share.min()), 1) for name, share in shares.items()}
+        fits = {name: share <= budgets[name] * (1 + 1e-9) for name, share in shares.items()}
+        limits = Limits(macs=budgets["macs"], parameters=budgets["parameters"])
+        latency = {own: budgets[own] for own in posed.times}
+        every = np.all(list(fits.values()), axis=0)
+        if not every.any():
+            with pytest.raises(PlanError, match="budget"):
+                posed.solve(latency, limits, importance=importance)
+            continue
+        plan = posed.solve(latency, limits, importance=importance)
+        best = losses[every].min()
+        assert plan.proof.objective == pytest.approx(best, abs=1e-6), seed
+        assert (plan.proof.status, plan.proof.bound) == ("optimal", pytest.approx(best, abs=1e-6))
+        assert all(own.planned <= own.budget * (1 + 1e-6) for own in plan.limits)
+        several += all(losses[own].min() < best - 1e-6 for own in fits.values())
+    assert several >= SEEDS // 8, "too few of the plans were held by more than one budget"
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
