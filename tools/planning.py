@@ -30,8 +30,9 @@ from tools.scoping import RANKINGS
 from tools.threads import fastest, one_thread
 
 SENSITIVITY_IMAGES = 384
-DEPTH_PRICES = (0.0, 0.03, 0.3, 1.0)  # factors of γ, and
-POWERS = (0.5, 1.0, 2.0)  # of losses, whose plans are held against each other
+DEPTH_PRICES = (1.0, 0.3, 0.03, 0.0)  # factors of γ, and
+POWERS = (1.0, 2.0, 0.5)  # of losses, whose plans are held against each other
+NOISE = 0.01  # what a later one must gain in loss: where all are as good as guessing, chance must not decide
 CLOSE = 0.02  # a plan whose network is predicted within this needs no further refinement
 REPLANS = 3  # how often a plan may be made again because its network took longer, or less, than planned
 SAVE_EVERY_S = 2.0
@@ -161,7 +162,7 @@ def contest(brief: Brief, posed: Problem, importance: Importance, stage: Stage) 
             if _key(plan) not in seen:
                 seen.add(_key(plan))
                 loss = planner.loss_after(brief.model, posed.graph, plan, importance, brief.batches, loss=_LOSS)
-                if loss < least:
+                if loss < least - NOISE:
                     best, least = variant, loss
             phase.step(f"{len(seen)} plans, best loss {least:.3f}", index + 1, len(variants))
     return best

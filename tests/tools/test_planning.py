@@ -28,7 +28,7 @@ from tools import planning
 from tools.console import Stage
 from tools.examples.resnet import ResNet
 from tools.outcome import Try
-from tools.planning import CLOSE, DEPTH_PRICES, POWERS, REPLANS, Brief, Settling, contest
+from tools.planning import CLOSE, DEPTH_PRICES, NOISE, POWERS, REPLANS, Brief, Settling, contest
 
 from ..planner.nets import anywhere, looking_trained, table_of
 from . import tiny
@@ -142,5 +142,5 @@ def test_the_contest_finds_the_plan_that_leaves_the_best_network() -> None:
     found = contest(brief, posed, importance, Stage(Console(quiet=True)))
     every = [importance.raised(power, posed.graph) for power in POWERS]
     losses = [loses(own.with_depth_priced(price)) for own in every for price in DEPTH_PRICES]
-    assert loses(found) == pytest.approx(min(losses), rel=1e-4)
-    assert min(losses) < 0.999 * max(losses)
+    assert min(losses) - 1e-4 <= loses(found) <= min(losses) + NOISE
+    assert max(losses) > min(losses) + 2 * NOISE
