@@ -122,11 +122,11 @@ class Field:
         return contest(self.brief, self.posed, sensitivity(self.brief, self.posed, self.stage), self.stage)
 
     @cached_property
-    def _without_depth(self) -> Importance:
-        """What single cuts cost if blocks are too dear to leave, as the best network without them is found."""
-        found = sensitivity(self.brief, self.posed, self.stage)
-        dear = replace(found, blocks=dict.fromkeys(found.blocks, 1e6))
-        return contest(self.brief, self.posed, dear, self.stage)
+    def _without_depth(self) -> tuple[Problem, Importance]:
+        """The problem in which all blocks stay, and the importance that leaves the best network there."""
+        brief = replace(self.brief, scope=replace(self.brief.scope, removes_blocks=False))
+        posed = brief.problem([costs for costs in self.posed.costs.values() if isinstance(costs, LatencyTable)])
+        return posed, contest(brief, posed, sensitivity(brief, posed, self.stage), self.stage)
 
     def ours(self) -> tuple[Plan, Net]:
         """Return our plan with its network, made and measured now or kept."""
@@ -181,7 +181,7 @@ class Field:
             options = posed.options(thrifty=True)  # too many to cut each and measure the loss
             importance = planner.taylor(self.brief.model, posed.graph, options, self.brief.batches, loss=cross_entropy)
         if name == BY_WIDTH:
-            importance = self._without_depth
+            posed, importance = self._without_depth
         for share in SHARES:
             by_macs = (None, Limits(macs=share))
             try:
