@@ -32,7 +32,7 @@ from tools.threads import fastest, one_thread
 SENSITIVITY_IMAGES = 384
 DEPTH_PRICES = (1.0, 0.3, 0.03, 0.0)  # factors of γ, and
 POWERS = (2.0, 1.0, 0.5)  # of losses, whose plans are held against each other; squares shun what destroys most
-NOISE = 0.01  # what a later one must gain in loss: where all are as good as guessing, chance must not decide
+NOISE = 0.03  # nats that a later one must gain, as a few hundred images tell no less; all may be near guessing
 CLOSE = 0.02  # a plan whose network is predicted within this needs no further refinement
 REPLANS = 3  # how often a plan may be made again because its network took longer, or less, than planned
 SAVE_EVERY_S = 2.0
