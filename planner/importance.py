@@ -50,7 +50,8 @@ class Importance:
             cheap = [block.name for block in _cheaper(own, self.blocks)]
             together = sum(self.blocks[name] for name in cheap) + self.stages.get(stage, 0.0) * len(cheap) ** 2
             stages[stage] = max(0.0, together**power - sum(blocks[name] for name in cheap)) / len(cheap) ** 2
-        return replace(self, name=f"{self.name}^{power:g}", widths=widths, blocks=blocks, stages=stages)
+        name = self.name if power == 1 else f"{self.name}^{power:g}"
+        return replace(self, name=name, widths=widths, blocks=blocks, stages=stages)
 
 
 def magnitude(model: nn.Module, graph: Graph, candidates: Candidates) -> Importance:

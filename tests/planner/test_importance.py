@@ -232,4 +232,5 @@ def test_a_power_of_losses_keeps_what_half_a_stage_costs() -> None:
         together = (sum(cheap) + 4 * 0.3) ** power
         lone = sum(loss**power for loss in cheap)
         assert lone + 4 * raised.stages[stage] == pytest.approx(max(lone, together))
+        assert raised.name == {0.5: "taylor^0.5", 1.0: "taylor", 2.0: "taylor^2"}[power]
     assert found.raised(1.0, graph).stages == pytest.approx(found.stages)

@@ -240,7 +240,8 @@ def test_one_budget_for_all_widths_ends_on_the_last_plan(
     assert code in (0, 1), err  # 1: as above, and a model that was never trained densely
     outcome = Outcome.model_validate_json(out)
     first, plan = (Plan.load(tmp_path / "out" / name) for name in ("plan.first.json", "plan.json"))
-    assert (first.importance, plan.importance) == ("measured", "norms in training")
+    assert first.importance in ("measured", "measured^0.5", "measured^2")
+    assert plan.importance == "norms in training"
     assert plan.predicted.fraction <= 0.6 * (1 + 0.03)
     assert all(len(pool.members) == 1 for pool in plan.pools)
     assert outcome.notes == list(plan.notes)
