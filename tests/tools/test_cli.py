@@ -236,13 +236,14 @@ def test_one_budget_for_all_widths_ends_on_the_last_plan(
 ) -> None:
     monkeypatch.setattr(calibrate, "LIMIT_S", 5.0)
     monkeypatch.setattr(pipeline, "runtimes", lambda profile: [profile.runtime.name])
-    code, out, err = call(*RUN[:7], "--epochs", "6", "--latency", "0.6", "--global-budget", "--every", "1", "--json")
+    shared = ("--global-budget", "--every", "1", "--keep-blocks")  # a plan that only removes blocks shares nothing
+    code, out, err = call(*RUN[:7], "--epochs", "6", "--latency", "0.8", *shared, "--json")
     assert code in (0, 1), err  # 1: as above, and a model that was never trained densely
     outcome = Outcome.model_validate_json(out)
     first, plan = (Plan.load(tmp_path / "out" / name) for name in ("plan.first.json", "plan.json"))
     assert first.importance in ("measured", "measured^0.5", "measured^2")
     assert plan.importance == "norms in training"
-    assert plan.predicted.fraction <= 0.6 * (1 + 0.03)
+    assert plan.predicted.fraction <= 0.8 * (1 + 0.03)
     assert all(len(pool.members) == 1 for pool in plan.pools)
     assert outcome.notes == list(plan.notes)
     assert "one budget for all widths, solved again" in outcome.notes[-1]
