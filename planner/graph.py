@@ -71,6 +71,15 @@ class Graph:
         """The residual blocks by name."""
         return {block.name: block for block in self.blocks}
 
+    @cached_property
+    def stages(self) -> dict[str, tuple[Block, ...]]:
+        """The residual blocks that may leave, by their stages."""
+        found: dict[str, tuple[Block, ...]] = {}
+        for block in self.blocks:
+            if not block.frozen:
+                found[block.stage] = (*found.get(block.stage, ()), block)
+        return found
+
     @property
     def dense(self) -> Choice:
         """The choice that keeps everything."""

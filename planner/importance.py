@@ -1,6 +1,5 @@
 """Importance: what cutting each candidate alone costs, in one currency for widths and depth."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,8 +19,8 @@ from profiles.errors import PlanError
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
-_TEMPERATURES = 64
 Candidates = Mapping[str, Sequence[int]]  # numbers to consider for each width or trim, the dense one included
+_TEMPERATURES = 64
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Importance:
         widths = {name: {n: loss**power for n, loss in losses.items()} for name, losses in self.widths.items()}
         blocks = {name: loss**power for name, loss in self.blocks.items()}
         stages = {}
-        for stage, own in _of_stage(graph).items():
+        for stage, own in graph.stages.items():
             cheap = [block.name for block in _cheaper(own, self.blocks)]
             together = sum(self.blocks[name] for name in cheap) + self.stages.get(stage, 0.0) * len(cheap) ** 2
             stages[stage] = max(0.0, together**power - sum(blocks[name] for name in cheap)) / len(cheap) ** 2
@@ -134,10 +133,8 @@ def taylor(
     for name, counts in candidates.items():
         worth = torch.cat([torch.zeros(1), ranked(parts[name], found[name].cpu()).cumsum(0)])
         widths[name] = {count: max(0.0, float(worth[-1] - worth[count])) for count in counts}
-    stages: dict[str, list[float]] = defaultdict(list)
-    for block in free:
-        stages[block.stage].append(blocks[block.name])
-    return Importance("taylor", widths, blocks, {s: 0.5 * sum(own) / len(own) for s, own in stages.items()}, found)
+    stages = {stage: 0.5 * sum(blocks[b.name] for b in own) / len(own) for stage, own in graph.stages.items()}
+    return Importance("taylor", widths, blocks, stages, found)
 
 
 def _squares(part: Width | Trim, model: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -179,9 +176,8 @@ def measured(
     with evaluating(model), normalising_by_batch(model):
         asked = _Rises(model, batches, loss, {} if answers is None else answers)
         widths = {name: asked.of_part(graph.part[name], counts, scores[name]) for name, counts in candidates.items()}
-        of_stage = _of_stage(graph)
-        blocks = {b.name: asked.of_blocks(f"block {b.name}", [b]) for found in of_stage.values() for b in found}
-        stages = {stage: asked.of_stage(stage, found, blocks) for stage, found in of_stage.items()}
+        blocks = {b.name: asked.of_blocks(f"block {b.name}", [b]) for own in graph.stages.values() for b in own}
+        stages = {stage: asked.of_stage(stage, own, blocks) for stage, own in graph.stages.items()}
     return Importance("measured", widths, blocks, stages, scores)
 
 
@@ -222,15 +218,6 @@ class _Rises:
             with _masked(self.model, group(structures, self.model), kept):
                 self.answers[name] = max(0.0, mean_loss(self.model, self.batches, self.loss) - self.base)
         return self.answers[name]
-
-
-def _of_stage(graph: Graph) -> dict[str, list[Block]]:
-    """Return the blocks that may leave, by their stages."""
-    found: dict[str, list[Block]] = defaultdict(list)
-    for block in graph.blocks:
-        if not block.frozen:
-            found[block.stage].append(block)
-    return found
 
 
 def _cheaper(blocks: Sequence[Block], alone: Mapping[str, float]) -> list[Block]:

@@ -238,7 +238,7 @@ class Program:
         for name, variable in self.leaves.items():
             loss[variable] = importance.blocks[name]
         for stage, gamma in importance.stages.items():
-            members = [self.leaves[b.name] for b in self.graph.blocks if b.stage == stage and b.name in self.leaves]
+            members = [self.leaves[block.name] for block in self.graph.stages.get(stage, ())]
             if gamma <= 0 or not members:
                 continue
             loss[self._square(stage, members)] = gamma * len(members) ** 2

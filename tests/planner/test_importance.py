@@ -70,6 +70,15 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_batch_without_variance_is_refused_with_the_remedy() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5)).eval()
+    graph, candidates = options(model)
+    with pytest.raises(PlanError, match="give larger batches"):
+        measured(model, graph, candidates, [(x[:1], y[:1]) for x, y in BATCHES], loss=cross_entropy)
+    assert not model[2].training
+    assert model[2].track_running_stats
+
+
 def test_a_cut_costs_what_it_says() -> None:
     model = blocks_net()
     graph, candidates = options(model)

@@ -237,10 +237,7 @@ def aim(predicted: Sequence[float], seen: Mapping[int, float], wanted: float) ->
 
 def shallower(posed: Problem) -> list[Choice]:
     """Return the networks of the family with fewer blocks: of every stage the same number of its last ones leave."""
-    stages: dict[str, list[str]] = {}
-    for block in posed.graph.blocks:
-        if not block.frozen:
-            stages.setdefault(block.stage, []).append(block.name)
+    stages = {stage: [block.name for block in own] for stage, own in posed.graph.stages.items()}
     fewest = min(len(blocks) for blocks in stages.values())
     gone = [frozenset(name for own in stages.values() for name in own[len(own) - n :]) for n in range(fewest)]
     return [posed.graph.choice({}, removed) for removed in gone]
