@@ -24,7 +24,7 @@ def beside_the_grid(model: nn.Module, profile: "Profile") -> tuple[str, ...]:
         for name, weight, groups in _layers(model)
         for op, axis, width in _axes(tuple(weight.shape), groups)
         for rule in profile.rules(op, axis)
-        if rule.mode in ("cliff", "reject") and width >= rule.at_least and width % rule.quantum
+        if rule.mode in ("cliff", "reject") and rule.about(width) and width % rule.quantum
     )
 
 

@@ -149,12 +149,14 @@ def cut(
     removed: frozenset[str] = frozenset(),
     *,
     program: Callable[[], ExportedProgram] | None = None,
+    brief: bool = False,
 ) -> nn.Module:
     """Return a copy of `model` with only the channels `kept` of the named widths and without the blocks `removed`.
 
     It is of the user's own class where its forward computes, on random inputs, what `model` does with the other
     channels at zero; where sizes are written into the forward, the exported graph with these put right.
-    Who cuts a model many times gives `program`, which returns what `backends.regraph.resizable` made of it.
+    Who cuts a model many times gives `program`, which returns what `backends.regraph.resizable` made of it; who only
+    times what comes out has that shown `brief`ly, on one example.
     """
     kept = {name: channels for name, channels in kept.items() if len(channels) < graph.width[name].size}
     reasons = {name: graph.block[name].frozen for name in removed} | {name: graph.width[name].frozen for name in kept}
@@ -163,7 +165,7 @@ def cut(
             raise PlanError(f"{name} cannot be cut: {reason}")
     if not kept and not removed:
         return copied(model)
-    dense = _smaller(model, graph, kept, removed, program)
+    dense = _smaller(model, graph, kept, removed, program, brief=brief)
     vars(dense).update({**records(model), KEPT: dict(kept), REMOVED: dict.fromkeys(sorted(removed), True)})
     return dense
 
@@ -174,6 +176,8 @@ def _smaller(
     kept: Kept,
     removed: frozenset[str],
     program: Callable[[], ExportedProgram] | None,
+    *,
+    brief: bool,
 ) -> nn.Module:
     masks = masks_of(graph, kept)
     inputs = tuple(x.to(next(model.parameters()).device) for x in graph.example())
@@ -182,7 +186,7 @@ def _smaller(
     as_graph = partial(regraph, model, inputs, arrays, blocks, program=program)
     lossy = any(graph.width[name].lossy for name in kept)
     # A lossy cut differs from the masked model, so that only the graph tells a wrong size in the user's own class.
-    proof = Proof(graph, as_graph() if lossy else zeroed(model, graph, kept, removed))
+    proof = Proof(graph, as_graph() if lossy else zeroed(model, graph, kept, removed), brief=brief)
     choice = graph.choice({name: len(channels) for name, channels in kept.items()}, removed)
     try:
         return surgery(model, graph, masks, choice, proof)

@@ -62,7 +62,7 @@ def quantum(graph: Graph, profile: Profile, width: Width) -> int:
         for axis, extent in (("out_channels", operation.outputs), ("in_channels", operation.inputs)):
             for name, times in extent.parts:
                 if name == width.name:
-                    q = profile.quantum(operation.kind, axis)
+                    q = profile.quantum(operation.kind, axis, operation.kernel)
                     quanta.append(q // math.gcd(q, times))
     return math.lcm(*quanta)
 

@@ -85,7 +85,7 @@ class _Offers:
         least = self.scope.min_width if isinstance(self.scope.min_width, int) else 1
         if layer.operation.grouped or self._alone(layer):
             return
-        quantum = self.profile.quantum(layer.operation.kind, "in_channels")
+        quantum = self.profile.quantum(layer.operation.kind, "in_channels", layer.operation.kernel)
         step = quantum * max(1, math.ceil(layer.inputs / quantum / _FEW))
         counts = (*(n for n in range(step, layer.inputs, step) if n >= least), layer.inputs)
         if len(counts) > 1:

@@ -7,6 +7,7 @@ is not fused behind one of these: normalisations, poolings, joins, functions of 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch.fx import Node
@@ -95,12 +96,12 @@ class Operation:
         """Return how many weights it holds at these widths, those with zeros included."""
         return self.weights_per_pair * outputs * (1 if self.grouped else inputs)
 
-    @property
+    @cached_property
     def additions(self) -> int:
         """How many additions of another tensor are fused behind it."""
         return self.signature.split()[-1].split("+").count("add")
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """The name that profiles use for it."""
         return self.signature.split()[0]

@@ -101,7 +101,7 @@ class Rules:
         self.balance = balance(profile)
         stated = [r.penalty for r in profile.granularity if r.penalty is not None and r.confidence not in UNPROVEN]
         self._beside = max(stated, default=BESIDE)
-        self._found: dict[tuple[str, str, str], tuple[Granularity, ...]] = {}
+        self._found: dict[tuple[str, tuple[int, ...], str], tuple[Granularity, ...]] = {}
 
     @property
     def weight_bytes(self) -> float:
@@ -188,31 +188,30 @@ class Rules:
     def alignment(self, operation: Operation, inputs: int, outputs: int) -> str:
         """Return of which of the quanta that the profile states the widths are multiples, a sign for each.
 
-        "+" is a multiple, "-" is not, and "." is less than what the rule is about.
+        "+" is a multiple, "-" is not, and "." is no width that the rule is about.
         """
         rules = {
-            (r.quantum, r.at_least): r for axis in ("out_channels", "in_channels") for r in self._rules(operation, axis)
+            (r.quantum, r.at_least, r.at_most): r
+            for axis in ("out_channels", "in_channels")
+            for r in self._rules(operation, axis)
         }
         return "".join(
-            "." if n < r.at_least else "-" if n % r.quantum else "+" for n in (outputs, inputs) for r in rules.values()
+            "." if not r.about(n) else "-" if n % r.quantum else "+" for n in (outputs, inputs) for r in rules.values()
         )
 
     def _rules(self, operation: Operation, axis: str) -> tuple[Granularity, ...]:
         """Return the rules of an axis that have evidence; none for groups, whose own widths are never cut."""
-        kind, kernel = operation.kind, "x".join(map(str, operation.kernel))
-        if (kind, kernel, axis) not in self._found:
-            known = () if kind.startswith("grouped_") else self._profile.rules(kind, axis)
-            proven = [rule for rule in known if rule.confidence not in UNPROVEN and rule.kernel in (None, kernel)]
-            special = {(rule.quantum, rule.mode) for rule in proven if rule.kernel}
-            own = (rule for rule in proven if rule.kernel or (rule.quantum, rule.mode) not in special)
-            self._found[kind, kernel, axis] = tuple(own)
-        return self._found[kind, kernel, axis]
+        key = (operation.kind, operation.kernel, axis)
+        if key not in self._found:
+            grouped = operation.kind.startswith("grouped_")
+            self._found[key] = () if grouped else self._profile.proven(operation.kind, axis, operation.kernel)
+        return self._found[key]
 
     def _rounded(self, operation: Operation, axis: str, n: int, paid: float | None) -> float:
         """Return the width that is paid for: the mean over rules, as which of them holds is in words."""
         found = []
         for rule in self._rules(operation, axis):
-            if rule.mode in ("pad", "tile"):
+            if rule.mode in ("pad", "tile") and rule.about(n):
                 low, high = rule.effective(n)
                 share = paid if paid is not None else 1.0 if rule.mode == "pad" else 0.5
                 found.append(low + share * (high - low))
@@ -223,7 +222,7 @@ class Rules:
         worst: float | None = None
         for axis, n in (("out_channels", outputs), ("in_channels", inputs)):
             for rule in self._rules(operation, axis):
-                if rule.mode in ("cliff", "reject") and n >= rule.at_least and n % rule.quantum:
+                if rule.mode in ("cliff", "reject") and rule.about(n) and n % rule.quantum:
                     unknown = {0.0: 1.0, 1.0: max(self._beside, 2.0)}.get(-1.0 if paid is None else paid, self._beside)
                     own = REJECTED if rule.mode == "reject" else rule.penalty or unknown
                     worst = max(worst or 0.0, own)

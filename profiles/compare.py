@@ -75,6 +75,10 @@ def rounding(rule: Granularity) -> str:
         words.append(f"{rule.penalty:g}x")
     if rule.at_least > 1:
         words.append(f"from {rule.at_least}")
+    if rule.at_most is not None:
+        words.append(f"up to {rule.at_most}")
+    if rule.kernel is not None:
+        words.append(f"kernel {rule.kernel}")
     if rule.confidence in ("inferred", "folklore"):
         words.append(rule.confidence)
     return ", ".join(words)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Literal, Self
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -32,12 +32,14 @@ class Granularity(Cited):
     when: Text | None = None
     """The condition in words, for people; it is not evaluated."""
     kernel: Annotated[str, Field(pattern=r"^\d+(x\d+)*$")] | None = None
-    """The kernel that the rule is about, such as 1x1; there it takes the place of the rule of that quantum and mode
-    for any kernel."""
+    """The kernel that the rule is about, such as 1x1; there it takes the place of the rules of that mode for any
+    kernel."""
     quantum: Count
     """Widths that are multiples of it are not rounded."""
     at_least: Count = 1
-    """The rule holds from this width on; smaller widths are neither rounded nor punished."""
+    """The rule holds from this width on; smaller widths are neither rounded nor punished by it."""
+    at_most: Count | None = None
+    """The rule holds up to this width."""
     mode: Mode
     """pad: work is rounded up. tile: the tail of a tile is partly paid. cliff: another kernel. reject: leaves the
     accelerator."""
@@ -66,11 +68,20 @@ class Granularity(Cited):
                 f"confidence {self.confidence} may only break ties, and mode {self.mode} forbids widths; "
                 "find a source, or use mode tile"
             )
+        if self.at_most is not None and self.at_most < max(self.at_least, self.quantum):
+            raise ValueError(
+                f"`at_most` {self.at_most} is below the quantum {self.quantum} or `at_least` {self.at_least}: the rule "
+                "holds for no width; correct them"
+            )
         if self.preferred is not None and (self.preferred <= self.quantum or self.preferred % self.quantum):
             raise ValueError(
                 f"`preferred` {self.preferred} is not a larger multiple of the quantum {self.quantum}; correct either"
             )
         return self
+
+    def about(self, n: int) -> bool:
+        """Whether the rule holds for a width of `n`."""
+        return n >= self.at_least and (self.at_most is None or n <= self.at_most)
 
     def effective(self, n: int) -> tuple[float, float]:
         """Return the lowest and the highest width that a width of `n` may cost.
@@ -79,7 +90,7 @@ class Granularity(Cited):
         Cliffs and rejections do not round, so there both are n.
         """
         assert n >= 0, n
-        if self.mode in ("cliff", "reject") or n < self.at_least:
+        if self.mode in ("cliff", "reject") or not self.about(n):
             return float(n), float(n)
         low, high = (0.0, 1.0) if self.alpha is None else (self.alpha, self.alpha)
         rounded = math.ceil(n / self.quantum) * self.quantum
@@ -330,9 +341,18 @@ class Profile(Part):
         """Return the rounding rules for one axis of one operator, in file order; empty if nothing is known."""
         return tuple(rule for rule in self.granularity if (rule.op, rule.axis) == (op, axis))
 
-    def quantum(self, op: str, axis: str) -> int:
-        """Return the largest quantum that has evidence, 1 if there is none: a guess must not forbid a width."""
-        return max((rule.quantum for rule in self.rules(op, axis) if rule.confidence not in UNPROVEN), default=1)
+    def proven(self, op: str, axis: str, kernel: Sequence[int] = ()) -> tuple[Granularity, ...]:
+        """Return those with evidence that hold for a kernel, any if none is given; a guess must not forbid a width."""
+        known = tuple(rule for rule in self.rules(op, axis) if rule.confidence not in UNPROVEN)
+        if not kernel:
+            return tuple(rule for rule in known if rule.kernel is None)
+        own = [rule for rule in known if rule.kernel == "x".join(map(str, kernel))]
+        special = {rule.mode for rule in own}
+        return (*(rule for rule in known if rule.kernel is None and rule.mode not in special), *own)
+
+    def quantum(self, op: str, axis: str, kernel: Sequence[int] = ()) -> int:
+        """Return the largest quantum of these, 1 if there is none."""
+        return max((rule.quantum for rule in self.proven(op, axis, kernel)), default=1)
 
     def pays(self, kind: str) -> Structure | None:
         """Return what is known about removing structures of this kind; the first pattern if there are several."""

@@ -42,7 +42,7 @@ _INSTANCES = 2  # of a network, as two openings of one file differ in speed, up 
 _DENSE = 2  # times as many of the dense network, as all others are relative to it
 _UNREST, _TIMED_S = 0.03, 15.0  # timed again while 95 % intervals are wider than this share, for no longer
 LIMIT_S = 160.0  # unless asked otherwise, no networks are begun that would take longer in all
-_ENOUGH, _LEAST = 0.01, 48  # mean error on networks left out of the fit, and how many it takes to trust that
+_ENOUGH, _AT_MOST, _LEAST = 0.01, 0.03, 48  # mean error of networks left out of the fit, that of 95 %, how many
 _LONGER = 4
 log = logging.getLogger(__name__)
 
@@ -172,8 +172,8 @@ def _measured(
 def _enough(bench: Bench, probes: Sequence[Probe]) -> bool:
     if len(probes) < _LEAST:
         return False
-    errors = cross_validated(bench.graph, bench.profile, probes)
-    return float(np.abs(errors).mean()) <= _ENOUGH
+    errors = np.abs(cross_validated(bench.graph, bench.profile, probes))
+    return float(errors.mean()) <= _ENOUGH and float(np.quantile(errors, 0.95)) <= _AT_MOST
 
 
 class Countdown:

@@ -178,7 +178,7 @@ def _range(profile: Profile, op: str, axis: str) -> tuple[list[int], int]:
 
     Cliffs are seen on the way, unless nothing else is documented.
     """
-    rules = profile.rules(op, axis)
+    rules = [rule for rule in profile.rules(op, axis) if rule.at_most is None] or profile.rules(op, axis)
     quanta = {rule.quantum for rule in rules if not _jumps(rule)} or {rule.quantum for rule in rules}
     return sorted(quanta), max(rule.at_least for rule in rules)
 
@@ -209,7 +209,10 @@ def verdicts(profile: Profile, curves: Sequence[Curve]) -> list[Verdict]:
         if rule.kernel is not None:
             found.append(_verdict(rule, measured, because=f"the networks have other kernels than {rule.kernel}"))
             continue
-        alike = (other for other in profile.rules(rule.op, rule.axis) if other.kernel is None)
+        if rule.at_most is not None:
+            found.append(_verdict(rule, measured, because=f"the staircase begins above {rule.at_most}"))
+            continue
+        alike = (o for o in profile.rules(rule.op, rule.axis) if o.kernel is None and o.at_most is None)
         others = [other for other in alike if _jumps(other) == _jumps(rule)]
         met = next((other for other in others if other.quantum == (measured or 1)), None)
         if met is not None and met.quantum != rule.quantum:
@@ -307,6 +310,7 @@ def _rule(rule: Granularity, curve: Curve) -> dict[str, object]:
     measured = _measured(rule, curve)
     made: dict[str, object] = {"op": rule.op, "axis": rule.axis, "when": rule.when, "quantum": measured or 1}
     made["at_least"] = rule.at_least if rule.at_least > 1 else None
+    made["at_most"] = rule.at_most
     if measured is None:  # an entry cannot be taken away, but one that rounds to 1 does nothing
         made |= {"mode": "tile", "alpha": 0.0}
     elif _jumps(rule):

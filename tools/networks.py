@@ -17,7 +17,7 @@ def network(model: nn.Module, graph: Graph, choice: Choice) -> nn.Module:
     Weights of N:M stay dense, as their zeros make no network smaller.
     """
     kept = present(graph, choice)
-    return selecting(cut(with_kernels(model, choice), graph, kept, choice.removed), choice)
+    return selecting(cut(with_kernels(model, choice), graph, kept, choice.removed, brief=True), choice)
 
 
 def present(graph: Graph, choice: Choice) -> dict[str, Tensor]:

@@ -122,6 +122,8 @@ MODES: dict[str, tuple[Sequence[Rule], float]] = {
     "a tile that is paid": ((rule("tile", alpha=1.0),), 48),
     "padded or in a tile, depending on words": ((rule("pad", when="a"), rule("tile", when="b")), (48 + 40.5) / 2),
     "not yet": ((rule("pad", at_least=34),), 33),
+    "no more": ((rule("pad", at_most=32),), 33),
+    "more than half a tile": ((rule("pad", 32, at_least=17), rule("pad", when="half a tile", at_most=16)), 64),
     "folklore": ((rule("pad", confidence="folklore"), rule("tile", 64, when="b", confidence="inferred")), 33),
     "of another operation": ((rule("pad", op="linear"),), 33),
     "beside a cliff": ((rule("cliff", 4, penalty=1.9), rule("pad", when="a")), 1.9 * 33),

@@ -43,6 +43,8 @@ def test_a_profile_does_not_differ_from_itself() -> None:
         ({"preferred": 64}, "16 pad, alpha unknown, better 64"),
         ({"mode": "cliff", "fallback": "plain", "penalty": 1.9}, "16 cliff, 1.9x"),
         ({"at_least": 16}, "16 pad, alpha unknown, from 16"),
+        ({"at_most": 16}, "16 pad, alpha unknown, up to 16"),
+        ({"kernel": "1x1"}, "16 pad, alpha unknown, kernel 1x1"),
         ({"confidence": "folklore"}, "16 pad, alpha unknown, folklore"),
     ],
 )

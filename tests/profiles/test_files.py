@@ -26,7 +26,9 @@ QUANTA = [
     ("aarch64.onnxruntime.fp32", "linear", "out_channels", 16),
     ("aarch64.onnxruntime.fp32", "conv2d", "out_channels", 1),
     ("x86_64_v3.openvino.fp32", "conv2d", "out_channels", 8),
-    ("x86_64_v4.openvino.fp32", "conv2d", "in_channels", 16),
+    ("x86_64_v4.openvino.fp32", "conv2d", "in_channels", 1),
+    ("x86_64_v4.openvino.fp32", "conv2d", "out_channels", 16),
+    ("x86_64_v4.openvino.fp32", "linear", "hidden", 16),
     ("x86_64_v4.openvino.int8-vnni", "conv2d", "out_channels", 16),
     ("x86_64_v4.openvino.int8-vnni", "grouped_conv2d", "in_channels", 4),
     ("sapphirerapids.openvino.int8-amx", "conv2d", "in_channels", 64),
@@ -35,6 +37,7 @@ QUANTA = [
     ("x86_64.xnnpack.fp32", "conv2d", "out_channels", 8),
     ("x86_64_v3.xnnpack.fp32", "conv2d", "out_channels", 16),
     ("x86_64_v4.xnnpack.fp32", "conv2d", "out_channels", 32),
+    ("x86_64_v4.xnnpack.fp32", "linear", "out_channels", 16),
     ("x86_64_v4.xnnpack.fp32", "depthwise_conv2d", "out_channels", 16),
     ("x86_64_v4.xnnpack.fp32", "conv2d", "in_channels", 1),
     ("x86_64_v3.xnnpack.int8", "conv2d", "out_channels", 8),
@@ -169,6 +172,16 @@ def test_onnxruntime_leaves_the_blocked_layout_beside_multiples_of_four() -> Non
     rules = profiles.load("x86_64_v4.onnxruntime.fp32").rules("conv2d", "in_channels")
     cliffs = [(r.kernel, r.quantum, r.at_least, r.penalty) for r in rules if r.mode == "cliff"]
     assert cliffs == [(None, 4, 16, 1.9), ("1x1", 4, 16, 1.1)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "paid"),
+    [((3, 3), {8: 16, 16: 16, 17: 32, 32: 32, 33: 64, 48: 64}), ((1, 1), {16: 16, 17: 32, 33: 48, 48: 48, 49: 64})],
+)
+def test_xnnpack_pays_for_whole_tiles_as_measured(kernel: tuple[int, int], paid: dict[int, int]) -> None:
+    rules = profiles.load("x86_64_v4.xnnpack.fp32").proven("conv2d", "out_channels", kernel)
+    for width, tiles in paid.items():
+        assert {rule.effective(width) for rule in rules if rule.about(width)} == {(tiles, tiles)}, width
 
 
 def test_the_sparse_peak_of_the_dla_is_not_a_dense_one() -> None:

@@ -164,6 +164,25 @@ def test_rule_is_silent_below_its_first_width() -> None:
     assert rule(at_least=16).effective(17) == (17.0, 32.0)
 
 
+def test_rule_is_silent_above_its_last_width() -> None:
+    half = rule(at_most=24)
+    assert [half.about(n) for n in (1, 24, 25)] == [True, True, False]
+    assert (half.effective(17), half.effective(25)) == ((17.0, 32.0), (25.0, 25.0))
+
+
+@pytest.mark.parametrize("changes", [{"at_most": 15}, {"at_least": 20, "at_most": 19}])
+def test_a_rule_about_no_width_is_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match="holds for no width"):
+        rule(**changes)
+
+
+def test_a_rule_of_a_kernel_takes_the_place_of_those_of_its_mode() -> None:
+    rules = [PAD | {"quantum": 64}, PAD | {"when": "small", "quantum": 8, "kernel": "1x1"}]
+    profile = Profile.model_validate(PROFILE | {"granularity": rules})
+    asked = [profile.quantum("conv2d", "out_channels", kernel) for kernel in ((), (3, 3), (1, 1))]
+    assert asked == [64, 64, 8]
+
+
 @pytest.mark.parametrize("confidence", ["folklore", "inferred"])
 def test_a_guess_does_not_enter_the_quantum(confidence: str) -> None:
     rules = [PAD | {"quantum": 4}, PAD | {"quantum": 64, "when": "they say", "confidence": confidence}]

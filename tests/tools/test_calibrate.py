@@ -136,6 +136,23 @@ def test_more_time_goes_on_from_the_last_table(monkeypatch: pytest.MonkeyPatch) 
     assert calibrate(one, progress=lambda *_: None, limit_s=60.0) == more
 
 
+@pytest.mark.parametrize(
+    ("errors", "enough"),
+    [
+        ([0.009] * 60, True),
+        ([0.009] * 47, False),  # too few to trust
+        ([-0.011] * 60, False),
+        ([0.0] * 50 + [-0.2] * 2, True),
+        ([0.0] * 50 + [0.05] * 4, False),  # good in the mean, but not for one in thirteen
+    ],
+)
+def test_calibration_ends_when_networks_left_out_are_predicted_well(
+    table: LatencyTable, monkeypatch: pytest.MonkeyPatch, errors: list[float], enough: bool
+) -> None:
+    monkeypatch.setattr(calibration, "cross_validated", lambda *_: tuple(errors))
+    assert calibration._enough(a_bench(), [table.probes[0]] * len(errors)) is enough
+
+
 @pytest.mark.parametrize(("relatives", "taken"), [((1.0,), 1.0), ((0.2, 1.0, 1.01), 1.0), ((2.0, 1.0, 2.1), 2.0)])
 def test_one_disturbed_measurement_does_not_refine_a_table(
     table: LatencyTable, monkeypatch: pytest.MonkeyPatch, relatives: tuple[float, ...], taken: float

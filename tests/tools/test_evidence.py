@@ -43,6 +43,17 @@ def test_a_table_is_one_machines(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == content
 
 
+def test_rows_of_another_build_of_the_system_say_so(tmp_path: Path) -> None:
+    added(tmp_path, ROWS)
+    path = tmp_path / "latency.json"
+    content = json.loads(path.read_text())
+    here, content["machine"]["platform"] = content["machine"]["platform"], "Another"
+    path.write_text(json.dumps(content))
+    found = added(tmp_path, [{**ROWS[1], "case": "other"}])
+    assert found.machine.platform == "Another"
+    assert [row.get("platform") for row in found.rows] == [None, None, None, here]
+
+
 @pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), ("{", "no table of this version")])
 def test_what_is_no_table_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
     if content is not None:

@@ -191,14 +191,40 @@ def test_measured_latencies_are_made_equal(monkeypatch: pytest.MonkeyPatch) -> N
     keys = [(tuple(sorted(c.keep.items())), c.removed) for c in asked]
     assert len(keys) == len(set(keys))  # nothing is built twice
     for row in rows:
-        ours = own.ours(row.budget)
-        assert ours is not None
-        assert row.latency == pytest.approx(own.judge.latency(ours) ** 0.9)
+        assert row.latency == row.budget
+        plans = [own.ours(row.budget * share) for share in rivalry.AROUND]
+        kept = [own.judge.importance(choice) for choice in plans if choice is not None]
+        assert min(kept) <= row.ours <= max(kept)
+        assert row.noise == 0  # as nothing was drawn
         if row.theirs is not None:
             fits = [
                 own.judge.importance(c) for c in own.passed[row.rival] if own.judge.latency(c) ** 0.9 <= row.latency
             ]
             assert row.theirs <= max(fits) + 0.1
+
+
+def test_noise_of_latencies_is_noise_of_what_is_kept() -> None:
+    own = contest()
+    plans = [choice for share in rivalry.AROUND if (choice := own.ours(0.5 * share)) is not None]
+
+    def gain(noise: float) -> float:
+        probes = {
+            rivalry._key(c): Probe(
+                keep=dict(c.keep),
+                removed=tuple(c.removed),
+                latency_s=s,
+                relative=s,
+                ci95_s=(s * (1 - 1.96 * noise), s * (1 + 1.96 * noise)),
+                runs=1,
+            )
+            for c in plans
+            if (s := own.judge.latency(c))
+        }
+        drawn = own._drawn(plans, probes)
+        return rivalry._noise(drawn, [[(0.1, 0.5), (0.9, 0.5)]] * len(drawn), 0.5)
+
+    assert gain(0.0) == 0
+    assert 1.5 < gain(0.02) / gain(0.01) < 2.5
 
 
 def test_the_table_says_whether_the_planner_is_better() -> None:
@@ -216,5 +242,6 @@ def test_the_table_says_whether_the_planner_is_better() -> None:
     ]
     assert "equal predicted latency: median gain at budgets <= 0.5 +15.5%" in str(table.caption)
     assert not rivalry.told([*good, row("a", 0.8, 0.89, 0.9)], "predicted")[1]  # once lower
+    assert rivalry.told([*good, replace(row("a", 0.8, 0.89, 0.9), noise=0.02)], "measured")[1]  # within the noise
     assert not rivalry.told([row("a", 0.5, 0.75, 0.7)], "predicted")[1]  # too little
     assert not rivalry.told([row("a", 0.5, 0.8, None)], "predicted")[1]  # nothing to compare with

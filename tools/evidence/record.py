@@ -28,6 +28,10 @@ class Machine(Plain):
     python: str
     torch: str
 
+    def like(self, other: "Machine") -> bool:
+        """Whether two are of one kind: all is the same but perhaps the build of the system."""
+        return self.model_copy(update={"platform": other.platform}) == other
+
     @classmethod
     def here(cls) -> "Machine":
         """Return this machine."""
@@ -60,18 +64,21 @@ def add(
 ) -> None:
     """Add rows to the table called `name`, in place of those that agree in `key`.
 
-    Raises EspalierError if the rows there were found on another machine: one table is one machine's.
+    One table is of one kind of machine; rows that were found under another system than the table's first say so.
+    Raises EspalierError if the rows there were found on another machine.
     """
     here, path = Machine.here(), folder / f"{name}.json"
     known = read(name, folder) if path.exists() else Evidence(command=command, machine=here, rows=[])
-    if known.machine != here:
+    if not known.machine.like(here):
         raise EspalierError(
             f"{path} was found on another machine ({known.machine.cpu}); move it away to begin a new one"
         )
     found = {tuple(row[part] for part in key): row for row in known.rows}
-    date = datetime.now(UTC).date().isoformat()
-    found |= {tuple(row[part] for part in key): {**row, "date": date} for row in rows}
-    table = Evidence(command=command, machine=here, rows=list(found.values()))
+    about = {"date": datetime.now(UTC).date().isoformat()}
+    if here != known.machine:
+        about["platform"] = here.platform
+    found |= {tuple(row[part] for part in key): {**row, **about} for row in rows}
+    table = Evidence(command=command, machine=known.machine, rows=list(found.values()))
     atomic.write_text(path, json.dumps(table.model_dump(mode="json"), indent=1) + "\n")
 
 

@@ -166,7 +166,8 @@ def _more(row: Row | None) -> str:
     if row is None or row["theirs"] is None:
         return "-"
     gain = row["ours"] / row["theirs"] - 1
-    return _bold(f"{100 * gain:+.1f} %", gain < 0)
+    noise = row.get("noise", 0.0)  # rows of before did not say
+    return _bold(f"{100 * gain:+.1f} %" + (f" ±{100 * noise:.1f}" if noise else ""), gain < -noise)
 
 
 def lossless(found: Evidence) -> str:
