@@ -149,7 +149,7 @@ class Contest:
             at = budget if between(ours, budget) is not None else probes[_key(found[budget])].relative
             kept = replace(self.kept(budget, name, found[budget], between(theirs, at)), latency=at)
             kept = replace(kept, ours=between(ours, at) or kept.ours)
-            yield replace(kept, noise=_noise(*(self._drawn(each, probes) for each in (plans[budget], some)), at))
+            yield replace(kept, noise=_noise(self._drawn(plans[budget], probes), self._drawn(some, probes), at))
 
     def _point(self, choice: Choice, probes: Mapping[object, Probe]) -> tuple[float, float]:
         return probes[_key(choice)].relative, self.judge.importance(choice)

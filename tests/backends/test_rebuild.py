@@ -48,6 +48,24 @@ def difference(masked: nn.Module, dense: nn.Module, *, seed: int = 0) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.parametrize(("brief", "sizes"), [(False, {4, 5}), (True, {1})])
+def test_a_network_that_is_only_timed_is_shown_on_one_example(brief: bool, sizes: set[int]) -> None:
+    seen: set[int] = set()
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add(len(x))
+            return super().forward(x)
+
+    model = Net(conv(3, 8, 3), nn.ReLU(), conv(8, 4, 3)).eval()
+    graph = trace(model, (torch.ones(4, *PIXELS[1:]),))
+    seen.clear()
+    kept = {graph.cuttable[0].name: torch.arange(5)}
+    dense = cut(model, graph, kept, brief=brief)
+    assert seen == sizes
+    assert dense[0].weight.shape[0] == 5
+
+
 # --- zero invariance ----------------------------------------------------------------------------------------------
 
 

@@ -98,6 +98,16 @@ def test_a_right_table_needs_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(built.removed) == only["removed"]
 
 
+def test_a_plan_that_steps_keep_below_its_budget_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = device(monkeypatch, 1.0)
+    model, inputs, table = tiny().eval(), (torch.ones(1, *SHAPE),), machine.tabled(1.0)
+    plans = {b: planner.plan(model, inputs, PROFILE, latency=b, table=table) for b in (0.7, 0.75, 0.8, 0.85, 0.9, 0.94)}
+    budget = next(b for b, plan in plans.items() if plan.predicted.fraction < b * (1 - 2 * NEAR))
+    (only,) = tries(budget)
+    assert only["of_budget"] < 1 - NEAR
+    assert only["measured"] == pytest.approx(only["planned"])
+
+
 def test_a_miss_is_tried_again_until_it_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = device(monkeypatch, 0.3, 0.6, 1.0)
     found = tries(reachable(machine))
