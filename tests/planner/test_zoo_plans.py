@@ -82,7 +82,7 @@ def planned(name: str, ids: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> I
         profile = profiles.load(own)
         what, plan = outcome(partial(_ask, model, inputs, profile))
         if plan is not None:
-            check(plan, graph, profile)
+            check(plan, planner.problem(model, inputs, profile).graph, profile)  # with what layers can be trimmed by
         yield what, own
 
 
