@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from planner.operations import Choice
 from tools.batches import Batches, Data
 from tools.distil import Distillation, Taught
 from tools.evidence import nets
-from tools.evidence.accuracy import held_out
+from tools.evidence.accuracy import Arena, held_out
 from tools.evidence.methods import DECAYED, ONE_BUDGET, OURS, Contest, Course
 from tools.evidence.nets import SIBLING, Net, aim, near, shallower
 from tools.examples.resnet import ResNet
@@ -204,3 +206,26 @@ def _field(contest: Contest, data: Data, folder: Path) -> nets.Field:
     about = {"posed": contest.posed, "importance": planner.magnitude(contest.dense, contest.posed.graph, options)}
     vars(field).update(about)
     return field
+
+
+def test_a_row_says_what_its_network_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net("one cut", Choice({"width": 3}, frozenset({"block"})), 0.5, None)
+    shown = {"macs": 7, "measured": {}, "speedup": {}, "efficiency": {}}
+    runs = [
+        {"method": net.method, "seed": 1, "setting": {"held_out": held}, "trained": {"after": 0.9, "keep": None}}
+        for held in (False, True)
+    ]
+    arena = SimpleNamespace(
+        network="net",
+        budget=0.5,
+        dense=None,
+        data=SimpleNamespace(test=None),
+        field=SimpleNamespace(bench=SimpleNamespace(profile=profiles.load(X86))),
+        runs=lambda: runs,
+        net_of=lambda run: net,
+        measured=lambda nets, seconds: {net.key: shown},
+    )
+    monkeypatch.setattr(planner, "accuracy", lambda *_: 0.95)
+    (row,) = Arena.table(cast(Any, arena), 1.0)
+    assert (row["keep"], row["removed"]) == ({"width": 3}, ["block"])
+    assert (row["runtime"], row["dense"], row["after"], row["macs"]) == ("onnxruntime", 0.95, 0.9, 7)

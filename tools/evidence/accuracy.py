@@ -175,7 +175,7 @@ class Arena:
             row |= {"seed": run["seed"], **run["setting"], "dense": dense, **trained}
             own = measured[net.key]
             row |= {name: own[name] for name in ("macs", "measured", "speedup", "efficiency")}
-            found.append(row)
+            found.append(row | {"keep": dict(net.choice.keep), "removed": sorted(net.choice.removed)})
         return found
 
 
