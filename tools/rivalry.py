@@ -149,14 +149,18 @@ class Contest:
             at = budget if between(ours, budget) is not None else probes[_key(found[budget])].relative
             kept = replace(self.kept(budget, name, found[budget], between(theirs, at)), latency=at)
             kept = replace(kept, ours=between(ours, at) or kept.ours)
-            yield replace(kept, noise=_noise(self._drawn(plans[budget], probes), self._drawn(some, probes), at))
+            random = np.random.default_rng(0)  # one after the other: what both are off by is not the same
+            drawn = [self._drawn(each, probes, random) for each in (plans[budget], some)]
+            yield replace(kept, noise=_noise(drawn[0], drawn[1], at))
 
     def _point(self, choice: Choice, probes: Mapping[object, Probe]) -> tuple[float, float]:
         return probes[_key(choice)].relative, self.judge.importance(choice)
 
-    def _drawn(self, choices: Sequence[Choice], probes: Mapping[object, Probe]) -> list[list[tuple[float, float]]]:
+    def _drawn(
+        self, choices: Sequence[Choice], probes: Mapping[object, Probe], random: np.random.Generator
+    ) -> list[list[tuple[float, float]]]:
         """Return what the latencies of networks may be, with what each keeps: DRAWS times."""
-        noise = np.random.default_rng(len(choices)).standard_normal((DRAWS, len(choices)))
+        noise = random.standard_normal((DRAWS, len(choices)))
         off = 1 + noise * [probes[_key(choice)].noise for choice in choices]
         points = [self._point(choice, probes) for choice in choices]
         return [[(x * by, y) for (x, y), by in zip(points, row, strict=True)] for row in off.tolist()]

@@ -220,7 +220,9 @@ def test_noise_of_latencies_is_noise_of_what_is_kept() -> None:
             for c in plans
             if (s := own.judge.latency(c))
         }
-        drawn = own._drawn(plans, probes)
+        random = np.random.default_rng(0)
+        drawn, again = own._drawn(plans, probes, random), own._drawn(plans, probes, random)
+        assert (drawn == again) is (noise == 0)
         return rivalry._noise(drawn, [[(0.1, 0.5), (0.9, 0.5)]] * len(drawn), 0.5)
 
     assert gain(0.0) == 0
