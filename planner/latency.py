@@ -102,6 +102,7 @@ class Fitted(_Part):
 
     overhead_s: Annotated[float, Field(ge=0)]
     reloads: tuple[Reload, ...] = ()
+    moves_strides: bool = False  # whether strides of 1x1 convolutions move to what makes their inputs: planner.strides
     rates: dict[str, float]  # see planner.kriging
     entries: tuple[Entry, ...]
 
@@ -199,7 +200,8 @@ class LatencyTable(Fitted):
         """Return the predicted seconds of one run under `choice`."""
         present = (o for o in graph.operations if o.present(choice))
         again_s = sum(reload.each_s * max(0.0, graph.weights(choice) - reload.beyond) for reload in self.reloads)
-        return self.overhead_s + again_s + sum(self.cost(*o.under(choice)) for o in present)
+        under = (o.under(choice, strides=self.moves_strides) for o in present)
+        return self.overhead_s + again_s + sum(self.cost(*made) for made in under)
 
     @property
     def sha256(self) -> str:
@@ -255,10 +257,14 @@ def forecast(costs: Costs, graph: Graph, choice: Choice) -> Prediction:
     )
 
 
-def keys(graph: Graph, candidates: Mapping[str, Sequence[int]]) -> list[Key]:
-    """Return every (operation, input, output) that `graph` can become with these candidate widths, in order."""
+def keys(graph: Graph, candidates: Mapping[str, Sequence[int]], *, strides: bool = False) -> list[Key]:
+    """Return every (operation, input, output) that `graph` can become with these candidate widths, in order.
+
+    With `strides`, also what they are once strides have moved.
+    """
     found: dict[Key, None] = {}
-    for operation in graph.operations:
+    moved = (made for own in graph.operations for _, made in own.strided) if strides else ()
+    for operation in (*graph.operations, *moved):
         names = list(dict.fromkeys(name for name, _ in operation.inputs.parts + operation.outputs.parts))
         for kept in product(*(candidates.get(name, (graph.width[name].size,)) for name in names)):
             choice = Choice(dict(zip(names, kept, strict=True)), frozenset())
@@ -268,8 +274,9 @@ def keys(graph: Graph, candidates: Mapping[str, Sequence[int]]) -> list[Key]:
 
 def fit(graph: Graph, profile: Profile, wanted: Sequence[Key], probes: Sequence[Probe]) -> Fitted:
     """Return what explains the probes: the entries of the `wanted` keys and of all that a probe holds."""
-    networks = _seen(graph, probes)
-    found = regress(Features(Rules(profile)), _operations(graph, probes), wanted, networks)
+    strides = profile.moves_strides
+    networks = _seen(graph, probes, strides=strides)
+    found = regress(Features(Rules(profile)), _operations(graph, probes, strides=strides), wanted, networks)
     seen, runs = Counter[Key](), Counter[Key]()
     for probe, count in zip(probes, networks.counts[:-1], strict=True):
         seen.update(count.keys())
@@ -291,6 +298,7 @@ def fit(graph: Graph, profile: Profile, wanted: Sequence[Key], probes: Sequence[
         reloads=tuple(Reload(beyond=kept, each_s=seconds) for kept, seconds in found.reloads.items()),
         rates=dict(found.prior.rates),
         entries=entries,
+        moves_strides=strides,
     )
 
 
@@ -312,8 +320,8 @@ def cross_validated(graph: Graph, profile: Profile, probes: Sequence[Probe]) -> 
     """Return predicted / measured - 1 of each probe, by fits to the other parts; nothing of too few probes."""
     if len(probes) < 2 * _PARTS:
         return ()
-    features, seen = Features(Rules(profile)), _seen(graph, probes)
-    operations = _operations(graph, probes)
+    features, strides = Features(Rules(profile)), profile.moves_strides
+    seen, operations = _seen(graph, probes, strides=strides), _operations(graph, probes, strides=strides)
     parts = np.append(np.arange(len(probes)) % _PARTS, -1)  # the dense network is always known
     errors = np.zeros(len(parts))
     for part in range(_PARTS):
@@ -324,14 +332,14 @@ def cross_validated(graph: Graph, profile: Profile, probes: Sequence[Probe]) -> 
     return tuple(errors[:-1].tolist())
 
 
-def _seen(graph: Graph, probes: Sequence[Probe]) -> Networks:
+def _seen(graph: Graph, probes: Sequence[Probe], *, strides: bool) -> Networks:
     """Return the probes as if the dense network had taken the same time beside all of them, and last that one."""
     dense_s = np.array([probe.latency_s / probe.relative for probe in probes])
     middle_s = float(np.median(dense_s))
     turns = np.unique(np.round(dense_s / middle_s, 9), return_inverse=True)[1]
     choices = [*(probe.choice for probe in probes), graph.dense]
     return Networks(
-        counts=[_present(graph, choice) for choice in choices],
+        counts=[_present(graph, choice, strides=strides) for choice in choices],
         times_s=middle_s * np.array([*(probe.relative for probe in probes), 1.0]),
         spread=np.array([*(float(np.hypot(NOISE, probe.noise)) for probe in probes), SURE]),
         turns=np.append(turns, -1),
@@ -339,15 +347,16 @@ def _seen(graph: Graph, probes: Sequence[Probe]) -> Networks:
     )
 
 
-def _operations(graph: Graph, probes: Sequence[Probe]) -> dict[str, Operation]:
+def _operations(graph: Graph, probes: Sequence[Probe], *, strides: bool) -> dict[str, Operation]:
     """Return the operations of a graph by their signatures, and what probes trimmed them to."""
-    found = {own.signature: own for own in graph.operations}
+    found = {made.signature: made for own in graph.operations for _, made in own.strided} if strides else {}
+    found |= {own.signature: own for own in graph.operations}
     for probe in probes:
-        under = (own.under(probe.choice)[0] for own in graph.operations)
+        under = (own.under(probe.choice, strides=strides)[0] for own in graph.operations)
         found |= {made.signature: made for made in under if made.signature not in found}
     return found
 
 
-def _present(graph: Graph, choice: Choice) -> Counter[Key]:
-    under = (o.under(choice) for o in graph.operations if o.present(choice))
+def _present(graph: Graph, choice: Choice, *, strides: bool) -> Counter[Key]:
+    under = (o.under(choice, strides=strides) for o in graph.operations if o.present(choice))
     return Counter((made.signature, inputs, outputs) for made, inputs, outputs in under)

@@ -30,7 +30,7 @@ def trimmable(graph: Graph, model: nn.Module, profile: Profile, scope: Scope) ->
     kinds = {own: said for own, said in known.items() if scope.force or _pays(said)}
     trims = tuple(_Offers(graph, model, profile, scope, kinds).all()) if kinds else ()
     patterns = {trim.groups.tensor: trim.name.split()[-1] for trim in trims if not trim.thins}
-    operations = tuple(replace(own, pattern=patterns.get(own.weight, "")) for own in graph.operations)
+    operations = tuple(own.with_pattern(patterns.get(own.weight, "")) for own in graph.operations)
     return replace(graph, trims=trims, operations=operations)
 
 

@@ -15,6 +15,7 @@ from torch.fx import Node
 from planner.axes import Ids, Propagation, arg, kind, number, place, shape
 from planner.blocks import Block, module_path
 from planner.contractions import Side, products
+from planner.strides import convolution, demands, variants
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Operation:
     sparse: bool = False  # whether that many are
     copied_per_input: int = 0  # elements that are copied per input channel, where it selects those that it reads
     whole: "Operation | None" = None  # what it was before it was trimmed
+    strided: "tuple[tuple[frozenset[str], Operation], ...]" = ()  # what it is with moved strides, once blocks have left
 
     def present(self, choice: Choice) -> bool:
         """Whether the operation is still there under `choice`."""
@@ -67,9 +69,22 @@ class Operation:
         """Return its input and output channels under `choice`."""
         return self.inputs.under(choice), self.outputs.under(choice)
 
-    def under(self, choice: Choice) -> "tuple[Operation, int, int]":
-        """Return what is left of it under `choice`, with its input and output channels."""
-        return self.trimmed(choice.keep, *self.widths(choice))
+    def under(self, choice: Choice, *, strides: bool = False) -> "tuple[Operation, int, int]":
+        """Return what is left of it under `choice`, with its input and output channels.
+
+        With `strides`, as it is in a runtime that moves them, see planner.strides.
+        """
+        made = self.moved(choice.removed) if strides and self.strided else self
+        return made.trimmed(choice.keep, *self.widths(choice))
+
+    def moved(self, removed: frozenset[str]) -> "Operation":
+        """Return what it is once these blocks have left and strides have moved."""
+        return next((own for gone, own in reversed(self.strided) if gone <= removed), self)
+
+    def with_pattern(self, pattern: str) -> "Operation":
+        """Return it with the pattern of which its weights may keep some."""
+        strided = tuple((gone, own.with_pattern(pattern)) for gone, own in self.strided)
+        return replace(self, pattern=pattern, strided=strided)
 
     def trimmed(self, keep: Mapping[str, int], inputs: int, outputs: int) -> "tuple[Operation, int, int]":
         """Return it with what `keep` leaves of its kernel, of every m weights, and of the inputs that it reads.
@@ -163,6 +178,7 @@ def find_operations(
     """
     found: list[tuple[Operation, int]] = []  # with the elements that it moves
     fused: set[Node] = set()
+    read = demands(nodes, blocks)
     for node in nodes:
         if node.op != "call_function" or node in state.constants or not _shape(node):
             continue
@@ -173,7 +189,10 @@ def find_operations(
         elif kind(node) in FREE or node in fused:
             continue
         inside = frozenset(b.name for b in blocks if node.name in b.body or (not multiplying and node.name == b.add))
-        found += [(replace(o, blocks=inside), moved) for o, moved in multiplying or [seen.moving()]]
+        made = [(replace(o, blocks=inside), moved) for o, moved in multiplying or [seen.moving()]]
+        if convolution(node):
+            made = [(replace(o, strided=tuple(variants(o, node, read))), moved) for o, moved in made]
+        found += made
     products = [(operation, moved) for operation, moved in found if operation.macs_per_pair]
     if not products:
         return ()

@@ -59,6 +59,7 @@ class Program:
     _joint: dict[object, list[int]] = field(default_factory=dict)
     _mixtures: dict[object, list[Point]] = field(default_factory=dict)
     _squares: dict[str, int] = field(default_factory=dict)
+    _gone: dict[tuple[str, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Add the binaries of widths and blocks; exactly one candidate holds unless the block around it leaves."""
@@ -117,19 +118,21 @@ class Program:
     def _term(self, term: Term) -> list[tuple[int | None, float]]:
         """Return the variables of a term with their prices; None stands for what is always paid."""
         names = tuple(name for name in widths_of(term.extents) if name in self.candidates)
-        blocks = tuple(sorted(name for name in term.blocks if name in self.leaves))
-        if not blocks and not names:
+        if not term.after <= self.leaves.keys():
+            return []
+        blocks, after = (tuple(sorted(own & self.leaves.keys())) for own in (term.blocks, term.after))
+        if not blocks and not after and not names:
             return [(None, term.price(*self._at(term, {})))]
-        if isinstance(term.price, Product) and len(term.extents) == 1 and not blocks:
+        if isinstance(term.price, Product) and len(term.extents) == 1 and not blocks and not after:
             return self._linear(term.extents[0], term.price.factor)
         if math.prod(len(self.candidates[name]) for name in names) > _MANY and len(names) > 2:
-            return self._by_length(term, blocks)
+            return self._by_length(term, blocks, after)
         points = [[(self.keeps[name, count], count) for count in self.candidates[name]] for name in names]
         options = [dict(zip(names, option, strict=True)) for option in product(*(self.candidates[n] for n in names))]
         prices = [term.price(*self._at(term, keep)) for keep in options]
-        if len(names) == 1 and blocks in ((), (self.graph.part[names[0]].block,)):
+        if len(names) == 1 and not after and blocks in ((), (self.graph.part[names[0]].block,)):
             return [(variable, price) for (variable, _), price in zip(points[0], prices, strict=True)]
-        return list(zip(self._together(points, blocks), prices, strict=True))
+        return list(zip(self._together(points, blocks, after), prices, strict=True))
 
     def _at(self, term: Term, keep: Mapping[str, int]) -> tuple[int, ...]:
         sizes = {name: self.graph.part[name].size for name in widths_of(term.extents)}
@@ -144,14 +147,25 @@ class Program:
                 prices.append((self.keeps[name, count], factor * times * count))
         return prices
 
-    def _together(self, points: Sequence[Sequence[Point]], blocks: Sequence[str]) -> list[int]:
-        """Return one variable per combination of points of different axes; 1 where all hold and no block leaves."""
-        key = (tuple(tuple(own) for own in points), tuple(blocks))
+    def _together(self, points: Sequence[Sequence[Point]], blocks: Sequence[str], after: Sequence[str]) -> list[int]:
+        """Return one variable per combination of points of different axes.
+
+        It is 1 where all hold, none of `blocks` leaves, and all of `after` do. What is there after blocks have left may
+        have a price below 0, so that it must be kept from being 1 elsewhere too.
+        """
+        key = (tuple(tuple(own) for own in points), tuple(blocks), tuple(after))
         if key not in self._joint:
             options = list(product(*([variable for variable, _ in own] for own in points)))
             chosen = [self.variable(integral=False) for _ in options]
-            leave = {self.leaves[name]: 1.0 for name in blocks}
-            self.rows.append(({**dict.fromkeys(chosen, 1.0), **leave}, 1.0, _INFINITY))
+            leave, total = {self.leaves[name]: 1.0 for name in blocks}, dict.fromkeys(chosen, 1.0)
+            if after:
+                left = self._all_left(after)
+                self.rows.append(({**total, **leave, left: -1.0}, 0.0, _INFINITY))
+                self.rows += [
+                    ({**total, own: sign}, -_INFINITY, max(0.0, sign)) for own, sign in {**leave, left: -1.0}.items()
+                ]
+            else:
+                self.rows.append(({**total, **leave}, 1.0, _INFINITY))
             for position, own in enumerate(points):
                 for variable, _ in own:
                     margin = {z: 1.0 for z, option in zip(chosen, options, strict=True) if option[position] == variable}
@@ -159,7 +173,18 @@ class Program:
             self._joint[key] = chosen
         return self._joint[key]
 
-    def _by_length(self, term: Term, blocks: Sequence[str]) -> list[tuple[int | None, float]]:
+    def _all_left(self, blocks: Sequence[str]) -> int:
+        """Return a variable that is 1 where all of these blocks leave, and else 0."""
+        if len(blocks) == 1:
+            return self.leaves[blocks[0]]
+        if tuple(blocks) not in self._gone:
+            both, leaves = self.variable(integral=False), [self.leaves[name] for name in blocks]
+            self.rows += [({both: 1.0, leave: -1.0}, -_INFINITY, 0.0) for leave in leaves]
+            self.rows.append(({**dict.fromkeys(leaves, -1.0), both: 1.0}, 1.0 - len(blocks), _INFINITY))
+            self._gone[tuple(blocks)] = both
+        return self._gone[tuple(blocks)]
+
+    def _by_length(self, term: Term, blocks: Sequence[str], after: Sequence[str]) -> list[tuple[int | None, float]]:
         """Price a term by the lengths of its axes, each a mixture of lengths on a grid or of one width's candidates."""
         alone = [self._alone(extent, blocks) for extent in term.extents]
         lengths = [
@@ -173,9 +198,9 @@ class Program:
                 prices = prices.take(corners, axis)
                 own = self._mixture(extent, tuple(lengths[axis][i] for i in corners), bent=bent)
             points.append(own)
-        if len(points) == 1 and not blocks:
+        if len(points) == 1 and not blocks and not after:
             return [(variable, price) for (variable, _), price in zip(points[0], prices.tolist(), strict=True)]
-        return list(zip(self._together(points, blocks), prices.reshape(-1).tolist(), strict=True))
+        return list(zip(self._together(points, blocks, after), prices.reshape(-1).tolist(), strict=True))
 
     def _alone(self, extent: Extent, blocks: Sequence[str]) -> list[Point] | None:
         """Return the binaries of the one width or trim that decides an axis, with its lengths; None if there are more.

@@ -1,7 +1,8 @@
 """What a choice costs, each as sums of terms that one or two axes decide: time, operations, parameters, activations."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -28,15 +29,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Term:
-    """A cost that depends on the lengths of some axes, and is gone with any of `blocks`."""
+    """A cost that depends on the lengths of some axes: gone with any of `blocks`, there once all of `after` left."""
 
     extents: tuple[Extent, ...]
     blocks: frozenset[str]
     price: Callable[..., float]
+    after: frozenset[str] = frozenset()
 
     def under(self, choice: Choice) -> float:
         """Return the cost under a choice that names every width."""
-        if not self.blocks.isdisjoint(choice.removed):
+        if not (self.blocks.isdisjoint(choice.removed) and self.after <= choice.removed):
             return 0.0
         return self.price(*(extent.under(choice) for extent in self.extents))
 
@@ -70,8 +72,39 @@ def _priced(graph: Graph, costs: Costs, each_s: float) -> tuple[Term, ...]:
     for operation in graph.operations:
         own = tuple(trim.name for trim in graph.trims_of.get(operation.weight, ()))
         extents = (operation.inputs, operation.outputs, *map(_count, own))
-        terms.append(Term(extents, operation.blocks, _Cost(costs, operation, own, each_s, known)))
+        made = operation.moved(frozenset()) if costs.moves_strides else operation
+        price = _Cost(costs, made, own, each_s, known)
+        terms.append(Term(extents, operation.blocks, price))
+        for gone, change in _changes(operation, price) if costs.moves_strides else ():
+            terms.append(Term(extents, operation.blocks, change, gone))
     return tuple(terms)
+
+
+def _changes(operation: Operation, price: "_Cost") -> Iterator[tuple[frozenset[str], "_Change"]]:
+    """Yield what an operation costs more once blocks have left, so that the sum is what it costs then.
+
+    What it is under a set of them is what the largest known set within says, and known sets are closed under union:
+    each adds its own cost less that of the whole and less what the smaller ones within have added.
+    """
+    shares: dict[frozenset[str], dict[Operation, int]] = {}
+    for gone, made in operation.strided:
+        if not gone:
+            continue
+        own = Counter({made: 1})
+        own.subtract({price.operation: 1})
+        for smaller, added in shares.items():
+            if smaller < gone:
+                own.subtract(added)
+        shares[gone] = {each: times for each, times in own.items() if times}
+        yield gone, _Change(tuple((replace(price, operation=each), times) for each, times in shares[gone].items()))
+
+
+@dataclass(frozen=True)
+class _Change:
+    prices: tuple[tuple["_Cost", int], ...]
+
+    def __call__(self, *lengths: int) -> float:
+        return sum(times * price(*lengths) for price, times in self.prices)
 
 
 @dataclass(frozen=True)
@@ -96,7 +129,14 @@ class _Cost:
     def _alike(self) -> dict[tuple[int, int], float]:
         """What is known of operations that differ in where they are, and in what decides their widths, alone."""
         alike = replace(
-            self.operation, name="", where="", weight="", blocks=frozenset(), inputs=_NOWHERE, outputs=_NOWHERE
+            self.operation,
+            name="",
+            where="",
+            weight="",
+            blocks=frozenset(),
+            inputs=_NOWHERE,
+            outputs=_NOWHERE,
+            strided=(),
         )
         return self.known.setdefault(alike, {})
 

@@ -98,6 +98,7 @@ class Rules:
     def __init__(self, profile: Profile) -> None:
         """Take the granularity, peaks, bandwidths and overheads of `profile`."""
         self._profile = profile
+        self.moves_strides = profile.moves_strides
         self.balance = balance(profile)
         stated = [r.penalty for r in profile.granularity if r.penalty is not None and r.confidence not in UNPROVEN]
         self._beside = max(stated, default=BESIDE)
@@ -114,7 +115,8 @@ class Rules:
 
     def latency(self, graph: Graph, choice: Choice) -> float:
         """Return what one run under `choice` is expected to take."""
-        return sum(self.cost(*o.under(choice)) for o in graph.operations if o.present(choice))
+        present = (o for o in graph.operations if o.present(choice))
+        return sum(self.cost(*o.under(choice, strides=self.moves_strides)) for o in present)
 
     def fractions(self, graph: Graph, choice: Choice) -> tuple[float, float]:
         """Return the lowest and the highest fraction of the dense latency that the rules allow.
@@ -126,7 +128,8 @@ class Rules:
 
     def _total(self, graph: Graph, choice: Choice, paid: float | None) -> float:
         present = (o for o in graph.operations if o.present(choice))
-        return sum(self.seconds(self.load(*o.under(choice), paid=paid)) for o in present)
+        under = (o.under(choice, strides=self.moves_strides) for o in present)
+        return sum(self.seconds(self.load(*made, paid=paid)) for made in under)
 
     def seconds(self, load: Load) -> float:
         """Return how long a load takes."""

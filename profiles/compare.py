@@ -28,7 +28,22 @@ def compare(*profiles: Profile) -> list[Row]:
     return [Row(field, tuple(one.get(field, UNKNOWN) for one in stated)) for field in order]
 
 
-_PARTS = ("status", "device", "runtime", "layout", "dtype", "width", "structure", "peak", "memory", "overhead")
+_PARTS = (
+    "status",
+    "device",
+    "runtime",
+    "layout",
+    "dtype",
+    "width",
+    "structure",
+    "rewrite",
+    "peak",
+    "memory",
+    "overhead",
+)
+
+
+REWRITES = {"strides": "a 1x1 convolution's moves to what makes its input, where nothing else reads that"}
 
 
 def facts(profile: Profile) -> dict[str, str]:
@@ -45,6 +60,8 @@ def facts(profile: Profile) -> dict[str, str]:
         _add(found, f"width {rule.op} {rule.axis}", rounding(rule))
     for structure in profile.structure:
         _add(found, f"structure {kind(structure)}", verdict(structure))
+    for rewrite in profile.rewrite:
+        found[f"rewrite {rewrite.kind}"] = REWRITES[rewrite.kind]
     if profile.peak is not None:
         found |= {f"peak {name}": speed for name, speed in peaks(profile.peak).items()}
     for memory in profile.memory:

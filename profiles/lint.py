@@ -15,12 +15,13 @@ from profiles.errors import ProfileError
 from profiles.evidence import QUOTED, UNPROVEN, Cited, Source
 from profiles.findings import Finding, of_validation
 from profiles.registry import Library
-from profiles.schema import Granularity, Memory, Overhead, Peak, Profile, Structure
+from profiles.schema import Granularity, Memory, Overhead, Peak, Profile, Rewrite, Structure
 
 _Problem = tuple[str, str, str]  # field, what, remedy
 _PARTS: dict[str, TypeAdapter[Any]] = {
     "granularity": TypeAdapter(list[Granularity]),
     "structure": TypeAdapter(list[Structure]),
+    "rewrite": TypeAdapter(list[Rewrite]),
     "memory": TypeAdapter(list[Memory]),
     "overhead": TypeAdapter(list[Overhead]),
     "source": TypeAdapter(list[Source]),
@@ -176,7 +177,7 @@ def _quotes(profile: Profile, statement: Cited) -> list[str]:
 
 
 def _statements(profile: Profile) -> Iterator[tuple[str, Cited]]:
-    for part in ("granularity", "structure", "memory", "overhead"):
+    for part in ("granularity", "structure", "rewrite", "memory", "overhead"):
         for index, statement in enumerate(getattr(profile, part)):
             yield f"{part}[{index}]", statement
 

@@ -190,6 +190,13 @@ class Overhead(Cited):
     """How it was launched, on which part."""
 
 
+class Rewrite(Cited):
+    """What the runtime's compiler changes in a network, so that layers cost something else than they would alone."""
+
+    kind: Literal["strides"]
+    """strides: that of a 1x1 convolution moves to what makes its input, where nothing else reads that."""
+
+
 class Match(Part):
     """How the device is recognised from the machine that carries it; empty if it cannot be."""
 
@@ -299,6 +306,7 @@ class Profile(Part):
     dtype: Dtype
     granularity: tuple[Granularity, ...] = ()
     structure: tuple[Structure, ...] = ()
+    rewrite: tuple[Rewrite, ...] = ()
     peak: Peak | None = None
     memory: tuple[Memory, ...] = ()
     overhead: tuple[Overhead, ...] = ()
@@ -308,6 +316,7 @@ class Profile(Part):
     def _check(self) -> Self:
         _refuse_duplicates("granularity (op, axis, when)", ((g.op, g.axis, g.when) for g in self.granularity))
         _refuse_duplicates("structure (kind, pattern)", ((s.kind, s.pattern) for s in self.structure))
+        _refuse_duplicates("rewrite kind", (r.kind for r in self.rewrite))
         _refuse_duplicates("memory name", (m.name for m in self.memory))
         _refuse_duplicates("overhead (per, condition)", ((o.per, o.condition) for o in self.overhead))
         _refuse_duplicates("source id", (s.id for s in self.source))
@@ -335,7 +344,12 @@ class Profile(Part):
     def cited(self) -> tuple[Cited, ...]:
         """Return every statement that needs evidence."""
         peak = () if self.peak is None else (self.peak,)
-        return (*self.granularity, *self.structure, *peak, *self.memory, *self.overhead)
+        return (*self.granularity, *self.structure, *self.rewrite, *peak, *self.memory, *self.overhead)
+
+    @property
+    def moves_strides(self) -> bool:
+        """Whether the compiler moves strides of 1x1 convolutions to what makes their inputs; a guess does not count."""
+        return any(own.kind == "strides" and own.confidence not in UNPROVEN for own in self.rewrite)
 
     def rules(self, op: str, axis: str) -> tuple[Granularity, ...]:
         """Return the rounding rules for one axis of one operator, in file order; empty if nothing is known."""

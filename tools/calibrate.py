@@ -324,7 +324,7 @@ def fitted_at(
         fingerprint=graph.fingerprint,
         probes=tuple(probes),
         errors=cross_validated(graph, profile, probes),
-        **fit(graph, profile, keys(graph, options), probes).model_dump(),
+        **fit(graph, profile, keys(graph, options, strides=profile.moves_strides), probes).model_dump(),
         **place.model_dump(),
     )
 

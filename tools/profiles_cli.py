@@ -193,6 +193,9 @@ def _card(profile: Profile) -> Group:
     pays = Table("structure", "pays", "confidence", "source", title="structures", box=None)
     for structure in profile.structure:
         _row(pays, comparing.kind(structure), _noted(comparing.verdict(structure), structure), *cited(structure))
+    changes = Table("what", "how", "confidence", "source", title="changed by the compiler", box=None)
+    for rewrite in profile.rewrite:
+        _row(changes, rewrite.kind, _noted(comparing.REWRITES[rewrite.kind], rewrite), *cited(rewrite))
     rest = Table("", "", "confidence", "source", title="speed and memory", box=None)
     if profile.peak is not None:
         words = ", ".join(f"{name} {speed}" for name, speed in comparing.peaks(profile.peak).items())
@@ -202,7 +205,7 @@ def _card(profile: Profile) -> Group:
         _row(rest, memory.name, _noted(comparing.storage(memory), memory), *cited(memory))
     for overhead in profile.overhead:
         _row(rest, f"per {overhead.per}", _noted(comparing.delay(overhead), overhead), *cited(overhead))
-    tables = [table for table in (widths, pays, rest) if table.row_count]
+    tables = [table for table in (widths, pays, changes, rest) if table.row_count]
     parts = [part for table in tables for part in (Text(), table)]
     return Group(Text(_head(profile)), *parts, *(Text(_source(number[s.id], s)) for s in profile.source))
 

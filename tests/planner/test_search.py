@@ -54,6 +54,7 @@ PROBLEMS: dict[str, Callable[[], nn.Module]] = {
     "nested blocks": nets.nested,
     "joined widths": nets.densely_connected,
     "residual": lambda: ResNet(1, (6, 6, 6)),
+    "strided shortcuts": lambda: ResNet(2, (4, 4, 4)),
     "bottleneck": nets.bottleneck,
     "MobileNet": nets.mobilenet,
     "transformer": lambda: VisionTransformer(8, heads=4, depth=2, image=8, patch=4),
@@ -96,7 +97,10 @@ class Posed:
             {block.stage: dice.uniform(0, 0.5) for block in free},
         )
         wanted = trimmed_keys(self.graph, self.options)
-        tables = [table_of(graph, {key: self._cost_s(key[0]) for key in wanted}) for _ in range(2)]
+        costs = [{key: self._cost_s(key[0]) for key in wanted} for _ in range(2)]
+        tables = [
+            table_of(graph, cost, moves_strides=moves) for cost, moves in zip(costs, (seed % 3 > 0, False), strict=True)
+        ]
         self.resources = [
             *(resources.time(self.graph, table, f"device {i}") for i, table in enumerate(tables)),
             resources.parameters(self.graph, model),
@@ -146,7 +150,7 @@ class Posed:
 def trimmed_keys(graph: Graph, options: Mapping[str, Sequence[int]]) -> list[tuple[str, int, int]]:
     """Return every (operation, inputs, outputs) that the options can make of a graph."""
     found = {}
-    for operation in graph.operations:
+    for operation in (*graph.operations, *(made for own in graph.operations for _, made in own.strided)):
         parts = [*operation.inputs.parts, *operation.outputs.parts]
         parts += [(trim.name, 1) for trim in graph.trims_of.get(operation.weight, ())]
         names = [name for name, _ in dict(parts).items() if name in options]
