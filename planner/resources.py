@@ -101,6 +101,8 @@ def _changes(operation: Operation, price: "_Cost") -> Iterator[tuple[frozenset[s
 
 @dataclass(frozen=True)
 class _Change:
+    """A sum of prices, each as often as it says."""
+
     prices: tuple[tuple["_Cost", int], ...]
 
     def __call__(self, *lengths: int) -> float:
@@ -128,16 +130,8 @@ class _Cost:
     @cached_property
     def _alike(self) -> dict[tuple[int, int], float]:
         """What is known of operations that differ in where they are, and in what decides their widths, alone."""
-        alike = replace(
-            self.operation,
-            name="",
-            where="",
-            weight="",
-            blocks=frozenset(),
-            inputs=_NOWHERE,
-            outputs=_NOWHERE,
-            strided=(),
-        )
+        alike = replace(self.operation, name="", where="", weight="", blocks=frozenset(), strided=())
+        alike = replace(alike, inputs=_NOWHERE, outputs=_NOWHERE)
         return self.known.setdefault(alike, {})
 
 

@@ -70,7 +70,7 @@ def _read(user: Node, node: Node, found: dict[Node, list[Demand]]) -> list[Deman
 def _fewest(options: Sequence[Demand]) -> list[Demand]:
     """Return the demands in order of the blocks that they need, without those that need more for no more."""
     kept: list[Demand] = []
-    for gone, stride in sorted(options, key=lambda own: (len(own[0]), sorted(own[0]))):
+    for gone, stride in sorted(options, key=lambda own: _order(own[0])):
         if not any(fewer <= gone and other == stride for fewer, other in kept):
             kept.append((gone, stride))
     return kept[:_MOST]
@@ -118,11 +118,17 @@ def variants(
     for gone, stride in read.get(source, ()) if pointwise(node) else ():
         found[gone] = stride, ones
     found = {gone: made for gone, made in found.items() if operation.blocks.isdisjoint(gone)}
-    for one, other in combinations(list(found), 2):  # so that the last one that has left says all
-        last = max((gone for gone in found if gone <= one | other), key=lambda gone: (len(gone), sorted(gone)))
-        found.setdefault(one | other, found[last])
-    ordered = sorted(found.items(), key=lambda item: (len(item[0]), sorted(item[0])))
+    new = {one | other for one, other in combinations(found, 2)} - found.keys()
+    while new and len(found) <= _MOST:  # all unions too, so that the largest set within says all
+        for both in sorted(new, key=_order):
+            found[both] = found[max((gone for gone in found if gone < both), key=_order)]
+        new = {one | other for one, other in combinations(found, 2)} - found.keys()
+    ordered = sorted(found.items(), key=lambda item: _order(item[0]))
     return [(gone, _made(operation, node, *made)) for gone, made in ordered]
+
+
+def _order(blocks: frozenset[str]) -> tuple[int, list[str]]:
+    return len(blocks), sorted(blocks)
 
 
 def _made(operation: "Operation", node: Node, less: Sequence[int], stride: Sequence[int]) -> "Operation":

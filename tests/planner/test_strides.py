@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 import backends
+from planner import resources
 from planner.graph import Graph, trace
 from planner.operations import Choice
+from planner.roofline import Rules
 from profiles import load
+from profiles.compare import facts
 from tools.contenders import narrowed
 from tools.examples.resnet import ResNet
 
@@ -100,6 +103,28 @@ def test_a_moved_stride_is_the_operation_that_has_it() -> None:
     )
     assert [(gone, own.macs_per_pair * 4) for gone, own in body.strided] == [(frozenset(), body.macs_per_pair)]
     assert [own.signature.split()[2] for _, own in end.strided] == ["s1x1"]
+
+
+def test_the_program_counts_what_the_costs_say() -> None:
+    graph, dice = trace(ResNet(3, (8, 16, 24)).eval(), PIXELS), random.Random(0)
+    rules = Rules(load("x86_64_v4.openvino.fp32"))
+    time, names, moved = resources.time(graph, rules, "it"), [block.name for block in graph.blocks], 0
+    for _ in range(200):
+        removed = frozenset(name for name in names if dice.random() < 0.6)
+        keep = {w.name: dice.randrange(1, w.size + 1) for w in graph.cuttable}
+        choice = graph.choice(keep, removed)
+        assert time.under(choice) == pytest.approx(rules.latency(graph, choice), rel=1e-9), sorted(removed)
+        unmoved = sum(rules.cost(*own.under(choice)) for own in graph.operations if own.present(choice))
+        moved += time.under(choice) < 0.999 * unmoved
+    assert moved > 100
+
+
+def test_a_guess_moves_nothing() -> None:
+    profile = load("x86_64_v4.openvino.fp32")
+    (said,) = profile.rewrite
+    guessed = profile.model_copy(update={"rewrite": (said.model_copy(update={"confidence": "inferred"}),)})
+    assert (profile.moves_strides, guessed.moves_strides) == (True, False)
+    assert "rewrite strides" in facts(profile)
 
 
 def test_only_profiles_that_say_so_move_strides() -> None:
