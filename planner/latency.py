@@ -196,8 +196,19 @@ class LatencyTable(Fitted):
         ratio = rules.cost(operation, inputs, outputs) / rules.cost(whole, inputs, outputs)
         return self.cost(whole, inputs, outputs) * ratio
 
+    def whole_s(self, graph: Graph) -> float | None:
+        """Return the latency of the dense network as it is known, beside what its operations add up to.
+
+        A compiler says how long that takes, and always the same, though its sum may be off as that of any network; a
+        fit of measured networks goes through it.
+        """
+        kept = (probe for probe in self.probes if self.method == ESTIMATE and not probe.removed)
+        return next((probe.latency_s for probe in kept if graph.choice(probe.keep) == graph.dense), None)
+
     def latency(self, graph: Graph, choice: Choice) -> float:
         """Return the predicted seconds of one run under `choice`."""
+        if choice == graph.dense and (whole_s := self.whole_s(graph)) is not None:
+            return whole_s
         present = (o for o in graph.operations if o.present(choice))
         again_s = sum(reload.each_s * max(0.0, graph.weights(choice) - reload.beyond) for reload in self.reloads)
         under = (o.under(choice, strides=self.moves_strides) for o in present)

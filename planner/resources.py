@@ -45,15 +45,18 @@ class Term:
 
 @dataclass(frozen=True)
 class Resource:
-    """What can be limited: the largest of several sums of terms."""
+    """What can be limited: the largest of several sums of terms; what one choice needs may be known better."""
 
     name: str
     unit: str
     sums: tuple[tuple[Term, ...], ...]
     constant: float = 0.0
+    known: tuple[Choice, float] | None = None
 
     def under(self, choice: Choice) -> float:
         """Return how much of it a choice needs."""
+        if self.known is not None and choice == self.known[0]:
+            return self.known[1]
         return self.constant + max((sum(term.under(choice) for term in terms) for terms in self.sums), default=0.0)
 
 
@@ -63,7 +66,9 @@ def time(graph: Graph, costs: Costs, name: str) -> Resource:
     for reload in sorted(costs.reloads, key=lambda own: own.beyond):  # the latency is convex in all weights
         each_s, kept_s = each_s + reload.each_s, kept_s + reload.each_s * reload.beyond
         sums.append((*_priced(graph, costs, each_s), Term((), frozenset(), Product(-kept_s))))
-    return Resource(name, "s", tuple(sums), costs.overhead_s)
+    whole_s = costs.whole_s(graph)
+    known = None if whole_s is None else (graph.dense, whole_s)
+    return Resource(name, "s", tuple(sums), costs.overhead_s, known)
 
 
 def _priced(graph: Graph, costs: Costs, each_s: float) -> tuple[Term, ...]:

@@ -113,6 +113,9 @@ class Rules:
         """Return what an operation is expected to add."""
         return self.seconds(self.load(operation, inputs, outputs))
 
+    def whole_s(self, graph: Graph) -> None:
+        """Return None: nothing is known of any whole network."""
+
     def latency(self, graph: Graph, choice: Choice) -> float:
         """Return what one run under `choice` is expected to take."""
         present = (o for o in graph.operations if o.present(choice))

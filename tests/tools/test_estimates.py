@@ -81,6 +81,22 @@ def test_a_table_holds_what_the_compiler_says_and_says_so(place: Bench) -> None:
     assert table.mean_error == pytest.approx(sum(map(abs, table.errors)) / len(table.errors))
 
 
+def test_fractions_are_of_what_the_compiler_says_of_the_dense_network(place: Bench) -> None:
+    """Its operations may take more there than in the networks beside it, such as where they are run in cascades."""
+    table, graph = calibrate(place, progress=quiet), place.graph
+    first, *rest = table.probes
+    assert graph.choice(first.keep, frozenset(first.removed)) == graph.dense
+    longer = first.model_copy(update={"latency_s": 1.2 * first.latency_s})
+    other = table.model_copy(update={"probes": (longer, *rest)})
+    assert other.latency(graph, graph.dense) == longer.latency_s
+    made = plan(place.model, INPUTS, PROFILE, latency=0.7, table=other)
+    kept = graph.choice(made.choice.keep, made.choice.removed)
+    assert made.predicted.fraction == pytest.approx(table.latency(graph, kept) / longer.latency_s)
+    assert made.predicted.fraction <= 0.7 * (1 + 1e-6)
+    (limit,) = made.limits
+    assert (limit.dense, limit.budget) == (longer.latency_s, pytest.approx(0.7 * longer.latency_s))
+
+
 def test_every_candidate_of_a_width_is_compiled(place: Bench) -> None:
     options = candidates(place.graph, PROFILE)
     wanted = estimates.design(place.graph, options)
