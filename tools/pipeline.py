@@ -25,7 +25,7 @@ from tools.calibrate import Bench, bench, by_compiler, calibrate
 from tools.console import Stage
 from tools.contenders import Contender, built, narrowed, rows, runtimes, timed, uniform
 from tools.outcome import Accuracy, Interval, Outcome, Step, Verdict, WidthRow
-from tools.planning import Brief, Settling, contest, sensitivity
+from tools.planning import CONTROL, Brief, Settling, contest, control, sensitivity
 from tools.sources import example_inputs, load_data, load_model
 from tools.threads import fastest, one_thread
 
@@ -132,10 +132,13 @@ class Run:
         if path.exists():
             return Plan.load(path)
         brief, posed = self.settling.brief, self.settling.posed
-        plan = self.settling.plan(contest(brief, posed, sensitivity(brief, posed, self.stage), self.stage))
+        importance = contest(brief, posed, sensitivity(brief, posed, self.stage), self.stage)
+        plan = self.settling.plan(importance)
         if not self.job.scope.force:
             for doubt in doubts(plan):
                 raise PlanError(f"{doubt}; ask for less latency, or add --force to train it anyway")
+        told = control(brief, posed, plan, importance, self.stage)
+        plan = plan.model_copy(update={"notes": (*plan.notes, told)})
         plan.save(path)
         return plan
 
@@ -238,7 +241,8 @@ def _trained(run: Run, plan: Plan) -> tuple[Plan, nn.Module]:
         graph, again = run.settling.posed.graph, run.settling.again
         agreement = Agreement(graph, plan, again, every=run.job.resolve_every)
         run._fit(model, run.job.recipe, "sparse", agreement)
-        plan = agreement.plan
+        told = (note for note in plan.notes if note.startswith(CONTROL))  # of the plan that training began with
+        plan = agreement.plan.model_copy(update={"notes": (*told, *agreement.plan.notes)})
         plan.save(run.job.out / "plan.json")
     else:
         run._fit(model, run.job.recipe, "sparse", plan)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from platformdirs import user_cache_path
@@ -34,6 +35,8 @@ DEPTH_PRICES = (1.0, 0.3, 0.03, 0.0)  # factors of γ, and
 POWERS = (2.0, 1.0, 0.5)  # of losses, whose plans are held against each other; squares shun what destroys most
 NOISE = 0.03  # nats that a later one must gain, as a few hundred images tell no less; all may be near guessing
 CLOSE = 0.02  # a plan whose network is predicted within this needs no further refinement
+DRAWS = 3  # of random channels, as a control
+CONTROL = "control"  # how that note begins
 REPLANS = 3  # how often a plan may be made again because its network took longer, or less, than planned
 SAVE_EVERY_S = 2.0
 _LOSS = calibrated_cross_entropy
@@ -166,6 +169,22 @@ def contest(brief: Brief, posed: Problem, importance: Importance, stage: Stage) 
                     best, least = variant, loss
             phase.step(f"{len(seen)} plans, best loss {least:.3f}", index + 1, len(variants))
     return best
+
+
+def control(brief: Brief, posed: Problem, plan: Plan, importance: Importance, stage: Stage) -> str:
+    """Return what it gains to know which channels matter: the planned network beside random channels in their place.
+
+    Both are cut at once and not trained; the random ones are the mean of three draws.
+    """
+    graph, options = posed.graph, posed.options(thrifty=True)
+    drawn = [planner.at_random(graph, options, seed=seed) for seed in range(DRAWS)]
+    losses = []
+    with stage.phase("compare with random channels") as phase:
+        for index, ranking in enumerate((importance, *drawn)):
+            losses.append(planner.loss_after(brief.model, graph, plan, ranking, brief.batches, loss=_LOSS))
+            phase.step(f"loss {losses[-1]:.3f}", index + 1, 1 + DRAWS)
+    random = fmean(losses[1:])
+    return f"{CONTROL}: cut at once and untrained, the loss is {losses[0]:.3f}, with random channels {random:.3f}"
 
 
 @dataclass

@@ -211,6 +211,8 @@ def test_interrupted_run_continues(call: Call, tmp_path: Path, monkeypatch: pyte
     assert outcome.tries
     assert outcome.tries[0].budget == pytest.approx(0.6)
     assert f"plan 1: {outcome.tries[0].told}" in out
+    assert any(note.startswith("control: cut at once") for note in plan.notes)
+    assert outcome.notes == list(plan.notes)
     assert outcome.accuracy.rebuilt == outcome.accuracy.sparse
     assert outcome.equivalence < 1e-4
     assert max(outcome.parity.values()) < 1e-4
@@ -247,6 +249,8 @@ def test_one_budget_for_all_widths_ends_on_the_last_plan(
     assert all(len(pool.members) == 1 for pool in plan.pools)
     assert outcome.notes == list(plan.notes)
     assert "one budget for all widths, solved again" in outcome.notes[-1]
+    assert outcome.notes[0] in first.notes  # the control, of the plan that training began with
+    assert "with random channels" in outcome.notes[0]
     assert {row.name: row.kept for row in outcome.widths} == plan.choice.keep
     assert outcome.accuracy.rebuilt == outcome.accuracy.sparse
     sparse = load_file(tmp_path / "out" / "sparse.safetensors")

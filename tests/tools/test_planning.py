@@ -1,8 +1,10 @@
 """A plan's network is measured before training; where the table was off there it learns, and the plan is made again."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import pytest
@@ -15,6 +17,7 @@ from planner import (
     Importance,
     LatencyTable,
     Problem,
+    at_random,
     calibrated_cross_entropy,
     loss_after,
     magnitude,
@@ -28,7 +31,19 @@ from tools import planning
 from tools.console import Stage
 from tools.examples.resnet import ResNet
 from tools.outcome import Try
-from tools.planning import CLOSE, DEPTH_PRICES, NOISE, POWERS, REPLANS, Brief, Settling, contest
+from tools.planning import (
+    CLOSE,
+    CONTROL,
+    DEPTH_PRICES,
+    DRAWS,
+    NOISE,
+    POWERS,
+    REPLANS,
+    Brief,
+    Settling,
+    contest,
+    control,
+)
 
 from ..planner.nets import anywhere, looking_trained, table_of
 from . import tiny
@@ -144,3 +159,25 @@ def test_the_contest_finds_the_plan_that_leaves_the_best_network() -> None:
     losses = [loses(own.with_depth_priced(price)) for own in every for price in DEPTH_PRICES]
     assert min(losses) - 1e-4 <= loses(found) <= min(losses) + NOISE
     assert max(losses) > min(losses) + 2 * NOISE
+
+
+def test_the_control_is_the_same_plan_with_random_channels() -> None:
+    dice = torch.Generator().manual_seed(0)
+    model = looking_trained(ResNet(1, (8, 16, 16)))
+    images = [torch.randn(64, 3, 8, 8, generator=dice) for _ in range(2)]
+    with torch.no_grad():  # labels that the model knows, so that there is something to lose
+        batches = [(x, deepcopy(model).train()(x).argmax(1)) for x in images]
+    brief = Brief(model, (batches[0][0][:1],), anywhere(), 0.6, batches)
+    posed = brief.problem(None)
+    options = posed.options(thrifty=True)
+    importance = taylor(model, posed.graph, options, batches, loss=calibrated_cross_entropy)
+    plan = posed.solve(0.6, importance=importance)
+
+    def loses(ranking: Importance) -> float:
+        return loss_after(model, posed.graph, plan, ranking, batches, loss=calibrated_cross_entropy)
+
+    random = fmean(loses(at_random(posed.graph, options, seed=seed)) for seed in range(DRAWS))
+    told = control(brief, posed, plan, importance, Stage(Console(quiet=True)))
+    assert told.startswith(CONTROL)
+    assert told.endswith(f"the loss is {loses(importance):.3f}, with random channels {random:.3f}")
+    assert abs(random - loses(importance)) > 0.001
