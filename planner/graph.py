@@ -8,7 +8,7 @@ import hashlib
 import logging
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -105,8 +105,14 @@ class Graph:
 
     def weights(self, choice: Choice) -> int:
         """Return how many weights the operations hold under a choice."""
-        under = (operation.under(choice) for operation in self.operations if operation.present(choice))
-        return sum(made.weights(inputs, outputs) for made, inputs, outputs in under)
+        return sum(made.weights(inputs, outputs) for made, inputs, outputs in self.under(choice))
+
+    def under(self, choice: Choice, *, strides: bool = False) -> Iterator[tuple[Operation, int, int]]:
+        """Yield what is left of the operations under a choice, with their input and output channels.
+
+        With `strides`, as they are in a runtime that moves them, see planner.strides.
+        """
+        return (own.under(choice, strides=strides) for own in self.operations if own.present(choice))
 
 
 def trace(

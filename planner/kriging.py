@@ -14,9 +14,9 @@ squares over all networks; then the process explains what they leave: each opera
 Measured networks are linear in c, so that the posterior is exact (Rasmussen and Williams 2006, chapter 2), and holds
 for every width, measured or not. The errors of networks that were timed in turns share a part, of deviation TURN, as
 the state of the machine was theirs alike; each has another of its own, of deviation MISFIT, where latency is not a sum
-over operations, as in a runtime that changes layouts between them: the one that predicts networks left out best. The
-constants were chosen once, by the likelihood of calibrations of five networks; TURN by the errors of 17 tables on
-networks that they had not seen, most of which it hardly changes.
+over operations: the one that predicts networks left out best. The constants were chosen once, by the likelihood of
+calibrations of five networks; TURN by the errors of 17 tables on networks that they had not seen, most of which it
+hardly changes.
 """
 
 from collections import Counter

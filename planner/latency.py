@@ -209,9 +209,8 @@ class LatencyTable(Fitted):
         """Return the predicted seconds of one run under `choice`."""
         if choice == graph.dense and (whole_s := self.whole_s(graph)) is not None:
             return whole_s
-        present = (o for o in graph.operations if o.present(choice))
         again_s = sum(reload.each_s * max(0.0, graph.weights(choice) - reload.beyond) for reload in self.reloads)
-        under = (o.under(choice, strides=self.moves_strides) for o in present)
+        under = graph.under(choice, strides=self.moves_strides)
         return self.overhead_s + again_s + sum(self.cost(*made) for made in under)
 
     @property
@@ -369,5 +368,5 @@ def _operations(graph: Graph, probes: Sequence[Probe], *, strides: bool) -> dict
 
 
 def _present(graph: Graph, choice: Choice, *, strides: bool) -> Counter[Key]:
-    under = (o.under(choice, strides=strides) for o in graph.operations if o.present(choice))
+    under = graph.under(choice, strides=strides)
     return Counter((made.signature, inputs, outputs) for made, inputs, outputs in under)

@@ -118,8 +118,7 @@ class Rules:
 
     def latency(self, graph: Graph, choice: Choice) -> float:
         """Return what one run under `choice` is expected to take."""
-        present = (o for o in graph.operations if o.present(choice))
-        return sum(self.cost(*o.under(choice, strides=self.moves_strides)) for o in present)
+        return sum(self.cost(*made) for made in graph.under(choice, strides=self.moves_strides))
 
     def fractions(self, graph: Graph, choice: Choice) -> tuple[float, float]:
         """Return the lowest and the highest fraction of the dense latency that the rules allow.
@@ -130,8 +129,7 @@ class Rules:
         return min(found), max(found)
 
     def _total(self, graph: Graph, choice: Choice, paid: float | None) -> float:
-        present = (o for o in graph.operations if o.present(choice))
-        under = (o.under(choice, strides=self.moves_strides) for o in present)
+        under = graph.under(choice, strides=self.moves_strides)
         return sum(self.seconds(self.load(*made, paid=paid)) for made in under)
 
     def seconds(self, load: Load) -> float:

@@ -265,8 +265,11 @@ class Solver:
         graph, costs = self.posed.graph, self.posed.costs[self.posed.profile.id]
         chosen = [trim.groups for trim in graph.trims if choice.keep[trim.name] < trim.size]
         notes = dict.fromkeys(pays(structure, self.posed.profile, force=True) for structure in chosen)
-        made = (own.under(choice)[0] for own in graph.operations if own.present(choice))
-        names = [own.name for own in made if own.whole and isinstance(costs, LatencyTable) and not costs.knows(own)]
+        names = [
+            own.name
+            for own, _, _ in graph.under(choice)
+            if own.whole and isinstance(costs, LatencyTable) and not costs.knows(own)
+        ]
         scaled = (
             f"the table has not measured {', '.join(dict.fromkeys(names))} as planned: priced by its cost untrimmed, "
             "times the ratio of the documented rules"
