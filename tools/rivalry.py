@@ -38,8 +38,8 @@ NETWORKS: dict[str, tuple[Make, tuple[int, int, int]]] = {
 }
 BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
 MEASURED_BUDGETS = (0.35, 0.5)
-# Predicted latencies of the networks that are timed, of the budget. Lines between points that are farther apart lie below
-# what is kept there.
+# Predicted latencies of the networks that are timed, of the budget. Lines between points that are farther apart lie
+# below what is kept there.
 AROUND = (0.9, 0.95, 1.0, 1.06, 1.12)
 DRAWS = 400  # of what the networks' latencies may be
 TOGETHER = 12  # networks timed in turns
