@@ -1,22 +1,21 @@
 """What operations cost, from the latency of whole networks: regression with a Gaussian process, as in kriging.
 
 A network of W weights takes the overhead c0, the sum of its operations' costs, and what weights take that no cache
-keeps from one run to the next, Σ_j ρ_j max(0, W - RELOADS_j). With a = (operation, input width, output width),
+keeps from one run to the next, Σ_j ρ_j max(0, W - CACHES_j). With a = (operation, input width, output width),
 
     c ~ GP(m, k),   m(a) = Σ_f r_f x_f(a),
     k(a, b) = SLOPE² Σ_f r_f² x_f(a) x_f(b) + m(a) m(b) ([same class] SMOOTH² exp(-d²/2 REACH²) + OWN² [a = b])
               within one operation, and 0 between two,
 
-where x_f are the seconds that a device at its peak spends on the work, the work after the profile's rounding, the bytes
-and the launch; a class is which of the profile's quanta the widths are multiples of, and has its own rates; d is
-the distance of two pairs of widths in doublings. The rates r ≥ 0, ρ ≥ 0 and c0 come first, from non-negative least
-squares over all networks; then the process explains what they leave: each operation's own rates and its own steps.
-Measured networks are linear in c, so that the posterior is exact (Rasmussen and Williams 2006, chapter 2), and holds
-for every width, measured or not. The errors of networks that were timed in turns share a part, of deviation TURN, as
-the state of the machine was theirs alike; each has another of its own, of deviation MISFIT, where latency is not a sum
-over operations: the one that predicts networks left out best. The constants were chosen once, by the likelihood of
-calibrations of five networks; TURN by the errors of 17 tables on networks that they had not seen, most of which it
-hardly changes.
+where x_f are the seconds that a device at its peak spends on the work, the work after the profile's rounding, the
+bytes, what of them is beyond each of CACHES, and the launch; a class is which of the profile's quanta the widths are
+multiples of, and has its own rates; d is the distance of two pairs of widths in doublings. The rates r ≥ 0, ρ ≥ 0 and
+c0 come first, from non-negative least squares over all networks; then the process explains what they leave: each
+operation's own rates and its own steps. Measured networks are linear in c, so that the posterior is exact (Rasmussen
+and Williams 2006, chapter 2), and holds for every width, measured or not. The errors of networks that were timed in
+turns share a part, of deviation TURN, as the state of the machine was theirs alike. The constants were chosen once, by
+the likelihood of calibrations of five networks; TURN by the errors of 17 tables on networks that they had not seen,
+most of which it hardly changes.
 """
 
 from collections import Counter
@@ -40,9 +39,8 @@ SLOPE, SMOOTH, OWN = 0.3, 0.15, 0.05  # relative standard deviations of the proc
 REACH = 0.7  # doublings of a width over which it is smooth
 NOISE = 0.01  # relative standard deviation of a measured network, beside what its timing tells
 TURN = 0.02  # and of all that were timed in turns with each other
-MISFITS = (0.0, 0.02, 0.04, 0.08)  # the same, where times are no sums over operations: the best of these is taken
 SURE = 0.001  # of the dense network, which is what the others are relative to
-RELOADS = (2e6, 8e6, 32e6)  # bytes of weights: between them lie the sizes of caches
+CACHES = (2e6, 8e6, 32e6)  # bytes: between them lie the sizes of caches
 _COARSE, _RATE, _USUAL = 0.02, 1.0, 0.5  # of a network under the rates alone; of the rates, and their prior mean
 _LEAST = 0.02  # of a rate: what seems to cost nothing may still cost something elsewhere
 
@@ -68,12 +66,14 @@ class Features:
         kind = " ".join([words[0], *(word for word in words[1:2] if operation.macs_per_pair and word[0].isdigit())])
         alignment = self.rules.alignment(operation, inputs, outputs)
         work = operation.macs_per_pair * outputs * (1 if operation.grouped else inputs)
-        moved = load.activation_bytes / at.activation_bytes_per_s + load.weight_bytes / at.weight_bytes_per_s
+        near_s = at.activation_bytes_per_s
+        moved = load.activation_bytes / near_s + load.weight_bytes / at.weight_bytes_per_s
         return {
             kind: work / at.macs_per_s,
             f"{kind} {alignment}": load.penalty * load.macs / at.macs_per_s,
             "bytes" if operation.macs_per_pair else f"bytes, {kind}": moved,
             f"bytes, {kind} {alignment}": moved if "-" in alignment else 0.0,
+            **{f"bytes, beyond {size:.0e}": max(0.0, load.activation_bytes - size) / near_s for size in CACHES},
             "launch": 1.0,
         }
 
@@ -201,7 +201,7 @@ def regress(
     order = np.concatenate([index for _, index, _ in groups])
     joint = np.concatenate(cross)  # covariance of each key with each network
     left = 1 - apart / times - scaled[:, order] @ mean
-    factor = _best(scaled[:, order] @ joint, seen, left)
+    factor = cho_factor(scaled[:, order] @ joint + seen.noise)
     cost = mean + joint @ cho_solve(factor, left)
     variance = np.concatenate([own.diagonal() for own in before]) - (joint * cho_solve(factor, joint.T).T).sum(1)
     keys = [names[index] for index in order]
@@ -212,19 +212,6 @@ def regress(
         cost_s=dict(zip(keys, np.maximum(cost, 0.0).tolist(), strict=True)),
         spread_s=dict(zip(keys, np.sqrt(np.maximum(variance, 0.0)).tolist(), strict=True)),
     )
-
-
-def _best(explained: Vector, seen: Networks, left: Vector) -> tuple[Vector, bool]:
-    """Return the factor of the covariance of what the rates leave, with the MISFIT that predicts best.
-
-    What a fit without a network errs by is known from that of all: (C⁻¹ l)_i / (C⁻¹)_ii (Rasmussen and Williams, 5.12).
-    """
-    found: list[tuple[float, tuple[Vector, bool]]] = []
-    for misfit in MISFITS:
-        factor = cho_factor(explained + seen.noise + np.diag(np.where(seen.spread > SURE, misfit**2, 0.0)))
-        inverse = cho_solve(factor, np.eye(len(left)))
-        found.append((float(np.abs(inverse @ left / inverse.diagonal()).mean()), factor))
-    return min(found, key=lambda each: each[0])[1]
 
 
 def _groups(
@@ -253,7 +240,7 @@ def _rates(
     unit = {name: speed for row in rows for name in row} | {"launch": speed * 0.02 * float(ideal_s.mean())}
     table = np.array([[row.get(name, 0.0) * seconds for name, seconds in unit.items()] for row in rows])
     overhead_s = 0.02 * float(times.max())
-    kept = [size / rules.weight_bytes for size in RELOADS]
+    kept = [size / rules.weight_bytes for size in CACHES]
     reload_s = speed * rules.weight_bytes / rules.balance.weight_bytes_per_s  # of a weight
     again = _beyond(seen.weights, kept) * reload_s
     weight = 1 / np.hypot(_COARSE, seen.spread)

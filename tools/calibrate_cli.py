@@ -146,7 +146,7 @@ def _check(profile: str | None, out: Path, threads: int, *, write: bool, fresh: 
     with Stage(console).phase("measure staircases") as phase, one_thread():
         found = checking.check(device, threads=threads, progress=phase.step, fresh=fresh)
     found = found.save(out, device)
-    lines = [str(verdict) for verdict in found.verdicts]
+    lines = [str(verdict) for verdict in (*found.verdicts, *found.rewrites)]
     if write:
         lines.append(f"stored as {checking.overlay(found, device)}")
     _print(as_json, found.model_dump(mode="json"), "\n".join(lines))

@@ -22,6 +22,8 @@ from profiles.schema import Granularity
 from tools.calibrate import Countdown, Progress
 from tools.figures import COLOURS, DASHED, NORMAL, SMALL
 from tools.place import Place
+from tools.rewriting import Moves, Rewriting, rewriting
+from tools.rewriting import measured as moves_of
 from tools.staircase import Measure, Point, Staircase, explore, inferred
 from tools.strand import Strands, known
 
@@ -100,11 +102,12 @@ class Check(_Part):
     place: Place
     verdicts: tuple[Verdict, ...]
     curves: tuple[Curve, ...]
+    rewrites: tuple[Rewriting, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether no rule that was checked is contradicted."""
-        return all(verdict.verdict != "disagree" for verdict in self.verdicts)
+        """Whether nothing that was checked is contradicted."""
+        return "disagree" not in [own.verdict for own in self.verdicts] + [own.verdict for own in self.rewrites]
 
     def save(self, path: Path, profile: Profile) -> "Check":
         """Write the check as JSON and its staircases as SVG files beside it; return it with their names."""
@@ -126,11 +129,13 @@ def check(
     progress: Progress = lambda *_: None,
     fresh: bool = False,
     maker: Maker | None = None,
+    mover: Callable[[], Moves] | None = None,
 ) -> Check:
     """Measure the staircase of every operation and axis that the profile has rules for, and compare rule by rule.
 
-    Staircases are kept as they are measured, so that an interrupted check goes on where it was. Raises PlanError if the
-    profile has no rule that can be checked.
+    Where it has rules for convolutions, whether the compiler moves strides is measured too. Staircases are kept as they
+    are measured, so that an interrupted check goes on where it was. Raises PlanError if the profile has no rule that
+    can be checked.
     """
     axes = list(dict.fromkeys((rule.op, rule.axis) for rule in profile.granularity if known(rule.op, rule.axis)))
     if not axes:
@@ -148,13 +153,16 @@ def check(
         curves[which] = _curve(profile, which, measure)
         atomic.write_text(paths[which], curves[which].model_dump_json(indent=1) + "\n")
         clock.finished(len(curves) * _WIDTHS)
-    ordered = [curves[which] for which in axes]
+    ordered, rewrites = [curves[which] for which in axes], []
+    if any(op == "conv2d" for op, _ in axes):
+        rewrites = [rewriting(profile, mover() if mover else moves_of(profile, threads=threads))]
     return Check(
         profile=profile.id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         place=place,
         verdicts=tuple(verdicts(profile, ordered)),
         curves=tuple(ordered),
+        rewrites=tuple(rewrites),
     )
 
 
@@ -290,6 +298,9 @@ def overlay(check: Check, profile: Profile) -> Path:
         f"id = {_toml(name)}",
         f"extends = {_toml(list(profile.extends) if again else [profile.id])}",
     ]
+    moves = [own for own in check.rewrites if own.moves.moved]
+    if not moves and any(own.moves.moved is False for own in check.rewrites):
+        lines.append("rewrite = []")  # in place of all that the other profile states
     if check.place.device in archspec.cpu.TARGETS:
         lines += ["", "[device]", f"match = {{ archspec = {_toml(check.place.device)} }}"]
     by_axis = {(curve.op, curve.axis): curve for curve in check.curves}
@@ -302,6 +313,11 @@ def overlay(check: Check, profile: Profile) -> Path:
         lines += ["", "[[granularity]]", *_keys(_rule(rule, curve))]
     for curve in dict.fromkeys(curve for _, curve in checked):
         lines += ["", "[[source]]", *_source(check, curve)]
+    for own in moves:
+        name = f"here-rewrite-{own.kind}"
+        lines += ["", "[[rewrite]]", *_keys({"kind": own.kind, "confidence": "measured-here", "sources": [name]})]
+        runs, latency_s, spread_s = own.moves.runs, own.moves.latency_s, own.moves.spread_s
+        lines += ["", "[[source]]", *_cited(check, name, str(own), runs, latency_s, spread_s)]
     atomic.write_text(path, "\n".join(lines) + "\n")
     return path
 
@@ -324,7 +340,13 @@ def _rule(rule: Granularity, curve: Curve) -> dict[str, object]:
 
 
 def _source(check: Check, curve: Curve) -> list[str]:
-    place, last = check.place, curve.points[-1]
+    last, runs = curve.points[-1], sum(point.runs for point in curve.points)
+    quote = f"{curve.op} by {curve.axis}, {_summary(curve)}"
+    return _cited(check, _source_id(curve), quote, runs, last.latency_s, (last.ci95_s[1] - last.ci95_s[0]) / 2)
+
+
+def _cited(check: Check, name: str, quote: str, runs: int, median_s: float, spread_s: float) -> list[str]:
+    place = check.place
     measurement = {
         "machine": place.device_model or place.device,
         "runtime_version": place.runtime_version,
@@ -332,14 +354,13 @@ def _source(check: Check, curve: Curve) -> list[str]:
         "power_mode": place.governor or "not told by the system",
         "threads": place.threads,
         "batch": place.batch,
-        "runs": sum(point.runs for point in curve.points),
-        "median_s": last.latency_s,
-        "spread_s": (last.ci95_s[1] - last.ci95_s[0]) / 2,
+        "runs": runs,
+        "median_s": median_s,
+        "spread_s": spread_s,
     }
     table = ", ".join(f"{key} = {_toml(value)}" for key, value in measurement.items())
-    quote = f"{curve.op} by {curve.axis}, {_summary(curve)}"
     return [
-        *_keys({"id": _source_id(curve), "quote": quote}),
+        *_keys({"id": name, "quote": quote}),
         f"retrieved = {date.fromisoformat(check.created[:10])}",
         f"measurement = {{ {table} }}",
     ]

@@ -94,6 +94,18 @@ def test_memories_that_are_apart_do_not_wait_for_each_other() -> None:
     assert Rules(device(memory=(far,))).cost(operation, 64, 64) == pytest.approx(one)
 
 
+def test_what_no_cache_holds_moves_slower() -> None:
+    profile = profiles.load("x86_64_v4.openvino.fp32")
+    at, pointwise = balance(profile), conv(16, 16, 1, bias=False)
+    operations = [trace(pointwise, (torch.ones(n, 16, 128, 128),)).operations[0] for n in (2, 8)]
+    cost = [Rules(profile).cost(operation, 16, 16) for operation in operations]
+    each, weights_s = 4 * 2 * 16 * 128 * 128, 4 * 16 * 16 / at.weight_bytes_per_s
+    assert 2 * each < at.cache_bytes < 8 * each
+    assert cost[0] == pytest.approx(2 * each / at.activation_bytes_per_s + weights_s + at.launch_s)
+    beyond_s = (8 * each - at.cache_bytes) / at.beyond_bytes_per_s
+    assert cost[1] == pytest.approx(at.cache_bytes / at.activation_bytes_per_s + beyond_s + weights_s + at.launch_s)
+
+
 def test_a_sparse_peak_is_never_a_dense_one() -> None:
     peak = Peak(ops_per_s={"fp32_sparse": 1e20}, **CITED)
     assert balance(device(peak=peak)).macs_per_s == TYPICAL["npu"].macs_per_s

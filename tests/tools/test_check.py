@@ -8,11 +8,13 @@ from typing import ClassVar
 
 import archspec.cpu
 import pytest
+import torch
 
 import profiles
 from profiles import BackendUnavailable, Machine, PlanError, Profile
 from profiles.lint import lint
 from tools.check import Check, check, drawn, overlay
+from tools.rewriting import Moves, measured, network
 from tools.staircase import Measure, Point
 
 pytest.importorskip("onnxruntime")
@@ -56,8 +58,12 @@ class Device:
         return measure
 
 
-def checked(device: Device, profile: Profile | None = None) -> Check:
-    return check(profile or profiles.load(PROFILE), maker=device)
+STAYS = Moves(ratio=3.6, ci95=(3.5, 3.7), latency_s=1e-3, spread_s=1e-5, runs=100)
+MOVES = STAYS.model_copy(update={"ratio": 1.02, "ci95": (1.0, 1.05)})
+
+
+def checked(device: Device, profile: Profile | None = None, moves: Moves = STAYS) -> Check:
+    return check(profile or profiles.load(PROFILE), maker=device, mover=lambda: moves)
 
 
 def test_rules_that_are_confirmed_agree() -> None:
@@ -159,6 +165,57 @@ def test_an_overlay_is_checked_and_written_again() -> None:
     overlay(again, mine)
     assert profiles.load(mine.id).quantum("conv2d", "out_channels") == 16
     assert profiles.load(mine.id).extends == (PROFILE,)
+
+
+def test_strides_that_move_are_told_and_written(tmp_path: Path) -> None:
+    profile = profiles.load(PROFILE)
+    assert checked(Device()).rewrites[0].verdict == "agree"
+    assert not profile.moves_strides
+    found = checked(Device(), profile, MOVES)
+    assert not found.ok
+    (told,) = map(str, found.rewrites)
+    assert told.startswith("rewrite strides: documented no, measured yes (1.02 times as long")
+    path = overlay(found, profile)
+    assert lint(path) == []
+    mine = profiles.load("x86_64_v4-here.onnxruntime.fp32")
+    assert mine.moves_strides
+    again = checked(Device(), mine, MOVES)
+    assert again.ok
+    overlay(again, mine)
+    assert profiles.load(mine.id).moves_strides
+
+
+def test_strides_that_stay_are_taken_from_the_profile_that_moves_them(tmp_path: Path) -> None:
+    other = profiles.load("x86_64_v4.openvino.fp32")
+    pytest.importorskip("openvino")
+    assert other.moves_strides
+    axes = ("conv2d__out_channels", "depthwise_conv2d__out_channels", "linear__out_channels", "linear__hidden")
+    device = Device(**dict.fromkeys(axes, (16, 1)))
+    assert checked(device, other, MOVES).ok
+    found = checked(device, other, STAYS)
+    assert not found.ok
+    path = overlay(found, other)
+    assert lint(path) == []
+    assert not profiles.load("x86_64_v4-here.openvino.fp32").moves_strides
+
+
+def test_what_lies_between_is_no_verdict() -> None:
+    unclear = STAYS.model_copy(update={"ratio": 1.7, "ci95": (1.4, 2.2)})
+    found = checked(Device(), None, unclear)
+    assert found.ok
+    assert found.rewrites[0].verdict == "unchecked"
+
+
+def test_the_networks_compute_the_same() -> None:
+    x = torch.randn(2, 64, 28, 28, dtype=torch.float64)
+    late, early = network(late=True).double(), network(late=False).double()
+    torch.testing.assert_close(late(x), early(x))
+
+
+def test_it_is_measured_in_the_runtime() -> None:
+    found = measured(profiles.load(PROFILE), seconds=0.05)
+    assert 0 < found.ci95[0] <= found.ratio <= found.ci95[1]
+    assert found.runs > 0
 
 
 def test_what_cannot_be_checked_is_refused() -> None:
