@@ -6,9 +6,10 @@ For each operation, as in the roofline model (Williams et al. 2009),
               memory) + elements added / rate + launch
 
 with peak, rates, bandwidths and launch as the profile states them, or else as is typical for its kind of device: then
-only ratios have meaning. Beside a cliff another kernel runs, which rounds nothing and takes the stated penalty, and
-its data are converted on the way in and out; otherwise the penalty is 1. Where the profile does not say how much of a
-rounding is paid, the answer is a range. Rules that are folklore or inferred round nothing.
+only ratios have meaning, and on a CPU the activations beyond what a cache holds have a bandwidth of their own. Beside a
+cliff another kernel runs, which rounds nothing and takes the stated penalty, and its data are converted on the way in
+and out; otherwise the penalty is 1. Where the profile does not say how much of a rounding is paid, the answer is a
+range. Rules that are folklore or inferred round nothing.
 """
 
 from dataclasses import dataclass
