@@ -175,9 +175,17 @@ def test_an_operation_that_differs_from_its_like_is_told_from_them() -> None:
     assert max(abs(table.latency(graph, c) / true_s(c) - 1) for c in unseen) < 0.03
 
 
+def _wrong(graph: Graph, options: Mapping[str, Sequence[int]], true_s: Callable[[Choice], float]) -> float:
+    """Return the mean error on unseen networks of a table that is fitted to 60 others."""
+    probes = [_probe(c, true_s(c), true_s(graph.dense)) for c in _at_random(graph, options, 60, seed=1)]
+    table = table_of(graph, {}, **dict(fit(graph, profiles.load(ORT), keys(graph, options), probes)), profile=ORT)
+    unseen = _at_random(graph, options, 40, seed=2)
+    return float(np.abs([table.latency(graph, c) / true_s(c) - 1 for c in unseen]).mean())
+
+
 def test_weights_that_no_cache_keeps_take_time_that_no_operation_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = trace(ResNet(2, (64, 128, 256)), INPUTS)
-    profile, options = profiles.load(ORT), _inner(graph, profiles.load(ORT))
+    options = _inner(graph, profiles.load(ORT))
     truth, kept = table_of(graph, _true_costs(graph, options)), graph.weights(graph.dense) / 3
     monkeypatch.setattr("planner.kriging.CACHES", (4 * kept,))
     each_s = truth.latency(graph, graph.dense) / graph.weights(graph.dense)
@@ -185,16 +193,10 @@ def test_weights_that_no_cache_keeps_take_time_that_no_operation_tells(monkeypat
     def true_s(choice: Choice) -> float:
         return truth.latency(graph, choice) + each_s * max(0.0, graph.weights(choice) - kept)
 
-    def wrong() -> float:
-        probes = [_probe(c, true_s(c), true_s(graph.dense)) for c in _at_random(graph, options, 60, seed=1)]
-        table = table_of(graph, {}, **dict(fit(graph, profile, keys(graph, options), probes)), profile=ORT)
-        unseen = _at_random(graph, options, 40, seed=2)
-        return float(np.abs([table.latency(graph, c) / true_s(c) - 1 for c in unseen]).mean())
-
-    aware = wrong()
+    aware = _wrong(graph, options, true_s)
     assert aware < 0.03
     monkeypatch.setattr("planner.kriging.CACHES", ())
-    assert aware < 0.2 * wrong()
+    assert aware < 0.2 * _wrong(graph, options, true_s)
 
 
 def test_tensors_that_no_cache_holds_take_time_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,16 +211,10 @@ def test_tensors_that_no_cache_holds_take_time_of_their_own(monkeypatch: pytest.
         moved = (rules.load(*made).activation_bytes for made in graph.under(choice))
         return truth.latency(graph, choice) + each_s * sum(max(0.0, own - most / 2) for own in moved)
 
-    def wrong() -> float:
-        probes = [_probe(c, true_s(c), true_s(graph.dense)) for c in _at_random(graph, options, 60, seed=1)]
-        table = table_of(graph, {}, **dict(fit(graph, profile, keys(graph, options), probes)), profile=ORT)
-        unseen = _at_random(graph, options, 40, seed=2)
-        return float(np.abs([table.latency(graph, c) / true_s(c) - 1 for c in unseen]).mean())
-
-    aware = wrong()
-    monkeypatch.setattr("planner.kriging.CACHES", ())
+    aware = _wrong(graph, options, true_s)
     assert aware < 0.01
-    assert aware < 0.5 * wrong()
+    monkeypatch.setattr("planner.kriging.CACHES", ())
+    assert aware < 0.5 * _wrong(graph, options, true_s)
 
 
 def _other_penalty(profile: Profile, penalty: float) -> Profile:
